@@ -1,0 +1,1 @@
+"""The optimisation core: torch and numpy, no database, no queue, no web."""

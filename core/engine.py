@@ -1,0 +1,404 @@
+"""The optimisation loop: groups of rows are admitted, stepped together, and retired.
+
+A group is one job; a row is one of its corners. All rows share each forward and backward pass,
+whichever job they belong to. Nothing crosses from row to row and each row counts its own steps,
+so company changes no job. Rows are checked every `STRIDE` of their own steps; groups join between
+strides, so that the phases of all rows agree and the host waits for the device once a stride.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from core.errors import CoreError
+from core.objective import Losses, RowTensors
+from core.parametrize import Pixels
+from core.spec import CollisionSpec
+from core.taps import Tap
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+STRIDE = 10
+# Matrix kernels for a handful of rows round differently from those for many. Where an image is
+# small enough to cost nothing, rows are filled up to a multiple of 8, which avoids such kernels.
+SMALL_IMAGE, FILL = 4096, 8
+CURVE_POINTS = 500
+REASONS = ("running", "converged", "max_steps", "max_seconds", "diverged", "stopped")
+RUNNING, CONVERGED, MAX_STEPS, MAX_SECONDS, DIVERGED, STOPPED = range(6)
+# Decay of the gradient's average, and Adam's of its square.
+DECAYS = {"gd": (0.0, 0.0), "momentum": (0.99, 0.0), "adam": (0.9, 0.999)}
+EPSILON = 1e-8
+
+
+class UnfitState(CoreError):
+    """The saved state belongs to another job or another version."""
+
+    code = "unfit_state"
+
+
+@dataclass
+class Record:
+    """What a run of unknown length leaves behind: thinned, so that at most 2 `size` are kept."""
+
+    size: int
+    every: int = STRIDE
+    steps: list[int] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def note(self, step: int, value: Callable[[], Tensor]) -> None:
+        if self.size and step % self.every == 0:
+            self.steps.append(step)
+            self.values.append(value())
+            if len(self.steps) > 2 * self.size:
+                del self.steps[1::2], self.values[1::2]
+                self.every *= 2
+
+
+@dataclass
+class Group:
+    """One job in the engine: K rows, whose `losses` it brings, and what became of them.
+
+    `corners` [K, C, H, W] are the best finite states that checks have seen, `steps` [K] how many
+    steps led to them, and `reason` [K], an index into REASONS, why a row ended. Best is least in
+    `score` [K], the larger of L_pos and violation over their thresholds: below 1 a row has
+    converged. `latest` [K, 2] is L_pos and violation at the last check, NaN once retired; `curves`
+    notes them and `snapshots` the images along the way.
+    Rows of a `coupled` group retire together.
+    """
+
+    key: str
+    spec: CollisionSpec
+    source: Tensor
+    losses: Losses
+    l_pos_threshold: float
+    violation_threshold: float = math.inf
+    coupled: bool = False
+
+    age: int = 0
+    seconds: float = 0.0
+    corners: Tensor = field(init=False)
+    score: Floats = field(init=False)
+    latest: Floats = field(init=False)
+    steps: Integers = field(init=False)
+    reason: Integers = field(init=False)
+    curves: Record = field(init=False)
+    snapshots: Record = field(init=False)
+
+    def __post_init__(self) -> None:
+        k = self.spec.corners
+        self.corners = self.source.expand(k, *self.source.shape).clone()
+        self.score, self.latest = np.full(k, np.inf), np.full((k, 2), np.nan)
+        self.steps, self.reason = np.zeros(k, np.int64), np.zeros(k, np.int64)
+        self.curves, self.snapshots = Record(CURVE_POINTS), Record(self.spec.snapshots)
+
+    @property
+    def converged(self) -> NDArray[np.bool_]:
+        """[K]: the rows whose best state is under both thresholds."""
+        return np.less(self.score, 1)
+
+    @property
+    def running(self) -> NDArray[np.bool_]:
+        """[K]: the rows that still take steps."""
+        return np.equal(self.reason, RUNNING)
+
+
+@dataclass
+class _Rows(RowTensors):
+    """What the device holds of R rows, fillers included: parameters, averages, best states."""
+
+    parameters: Tensor
+    mean: Tensor
+    square: Tensor
+    kept: Tensor
+    score: Tensor
+    thresholds: Tensor
+    low: Tensor
+    high: Tensor
+    losses: Losses
+
+
+class Engine:
+    """Steps any number of groups that share a batch key through one `tap`.
+
+    `admit` groups at any time; `advance` until `groups` is empty.
+    """
+
+    def __init__(self, tap: Tap, optimizer: str, *, tf32: bool = False) -> None:
+        self.tap, self.optimizer, self.tf32 = tap, optimizer, tf32
+        self.parametrization = Pixels()
+        self.groups: list[Group] = []
+        self._waiting: list[Group] = []
+        # Of the first rows, without fillers: the group's place in `groups`, the corner's number.
+        self._owner: Integers = np.empty(0, np.int64)
+        self._corner: Integers = np.empty(0, np.int64)
+        self._rows: _Rows
+
+    @property
+    def _bounded(self) -> bool:
+        return any(group.spec.pixel_range == "valid" for group in self.groups)
+
+    def admit(self, group: Group) -> None:
+        """Lets `group` join at the next stride."""
+        self._waiting.append(group)
+
+    def advance(self) -> list[Group]:
+        """Takes all rows `STRIDE` steps further; returns the groups found finished on the way."""
+        began = time.perf_counter()
+        self._join()
+        company, finished = list(self.groups), list[Group]()
+        with _matmul_precision(tf32=self.tf32):
+            if self.groups:
+                leaf, pre = self._forward()
+                if self._check(pre.detach()):
+                    finished = self._retire()
+                    if self.groups:
+                        leaf, pre = self._forward()
+            if self.groups:
+                rates, epsilons = self._rates()
+                for i in range(STRIDE):
+                    if i:
+                        leaf, pre = self._forward()
+                    self._step(leaf, pre, rates[i], epsilons[i])
+        seconds = time.perf_counter() - began
+        for group in company:
+            group.seconds += seconds
+        for group in self.groups:
+            group.age += STRIDE
+        return finished
+
+    def stop(self, key: str) -> Group:
+        """Ends the group called `key` and returns it, its best states kept."""
+        self._join()
+        group = next(g for g in self.groups if g.key == key)
+        group.reason[group.running] = STOPPED
+        self._retire()
+        return group
+
+    def _join(self) -> None:
+        if not self._waiting:
+            return
+        parts = [self._rows.select(torch.arange(len(self._owner)))] if self.groups else []
+        for group in self._waiting:
+            k = group.spec.corners
+            self._owner = np.append(self._owner, np.full(k, len(self.groups)))
+            self._corner = np.append(self._corner, np.arange(k))
+            self.groups.append(group)
+            parts.append(self._fresh_rows(group))
+        self._waiting = []
+        self._rows = _filled(_Rows.stack(parts), np.arange(len(self._owner)))
+
+    def _fresh_rows(self, group: Group) -> _Rows:
+        parameters = self.parametrization.start(group.source, group.spec.corners)
+        each = parameters.new_ones(group.spec.corners)
+        image = each.view(-1, *[1] * group.source.dim())
+        free = group.spec.pixel_range == "free"
+        mean, square = DECAYS[self.optimizer]
+        thresholds = parameters.new_tensor([group.l_pos_threshold, group.violation_threshold])
+        return _Rows(
+            parameters=parameters,
+            mean=torch.zeros_like(parameters) if mean else each,
+            square=torch.zeros_like(parameters) if square else each,
+            kept=parameters.clone(),
+            score=each * math.inf,
+            thresholds=thresholds.expand(len(each), 2),
+            low=image * (-math.inf if free else 0.0),
+            high=image * (math.inf if free else 1.0),
+            losses=group.losses,
+        )
+
+    def _forward(self) -> tuple[Tensor, Tensor]:
+        leaf = self._rows.parameters.detach().requires_grad_()
+        return leaf, self.tap(self.parametrization.images(leaf))
+
+    @torch.no_grad()
+    def _check(self, pre: Tensor) -> bool:
+        """Keeps the best states, notes the curves, ends rows; whether any row ended."""
+        rows = self._rows
+        losses = torch.stack([rows.losses.l_pos(pre), rows.losses.violation(pre)], 1)
+        score = (losses / rows.thresholds).amax(1)
+        better = score < rows.score  # false for NaN
+        rows.score = torch.where(better, score, rows.score)
+        rows.kept = torch.where(_each_image(better, rows.kept), rows.parameters, rows.kept)
+        # The one wait for the device in a stride.
+        table = torch.cat([losses, score[:, None], better[:, None]], 1).cpu().double().numpy()
+        ended = [self._judge(group, where, table[where]) for group, where in self._places()]
+        return any(ended)
+
+    def _judge(self, group: Group, where: slice, table: Floats) -> bool:
+        corner = self._corner[where]
+        score, better = table[:, 2], table[:, 3] > 0
+        group.score[corner[better]] = score[better]
+        group.steps[corner[better]] = min(group.age, group.spec.max_steps)
+        group.latest = np.full((group.spec.corners, 2), np.nan)
+        group.latest[corner] = table[:, :2]
+        group.curves.note(group.age, lambda: torch.from_numpy(group.latest))
+        group.snapshots.note(group.age, lambda: self._images(group, where))
+        late = group.age >= group.spec.max_steps, group.seconds >= group.spec.max_seconds
+        reason = np.select(
+            [score < 1, ~np.isfinite(score), *(np.full(len(score), is_late) for is_late in late)],
+            [CONVERGED, DIVERGED, MAX_STEPS, MAX_SECONDS],
+            RUNNING,
+        )
+        if group.coupled and (reason == DIVERGED).any():
+            reason[reason != DIVERGED] = STOPPED
+        elif group.coupled and (reason == RUNNING).any():
+            reason[:] = RUNNING
+        group.reason[corner] = reason
+        return not group.running[corner].all()
+
+    def _images(self, group: Group, where: slice) -> Tensor:
+        images = group.corners.clone()
+        corner = torch.from_numpy(self._corner[where])
+        images[corner] = self.parametrization.images(self._rows.parameters[where])
+        return images.cpu()
+
+    def _retire(self) -> list[Group]:
+        """Takes rows that have ended off the device and returns groups without any left."""
+        running = np.empty(len(self._owner), bool)
+        for group, where in self._places():
+            corner = self._corner[where]
+            running[where] = group.running[corner]
+            ended = torch.from_numpy(corner[~running[where]])
+            kept = self._rows.kept[where][torch.from_numpy(~running[where])]
+            group.corners[ended] = self.parametrization.images(kept)
+        finished = [group for group in self.groups if not group.running.any()]
+        self._owner, self._corner = self._owner[running], self._corner[running]
+        self.groups = [group for group in self.groups if group.running.any()]
+        self._owner = np.unique(self._owner, return_inverse=True)[1]
+        if self.groups:
+            self._rows = _filled(self._rows, np.flatnonzero(running))
+        return finished
+
+    def _places(self) -> Iterator[tuple[Group, slice]]:
+        bounds = np.searchsorted(self._owner, np.arange(len(self.groups) + 1))
+        for group, first, end in zip(self.groups, bounds[:-1], bounds[1:], strict=True):
+            yield group, slice(int(first), int(end))
+
+    def _rates(self) -> tuple[Tensor, Tensor]:
+        """Step sizes and Adam's epsilons, [STRIDE, R, 1, 1, 1]; 0 past a row's last step."""
+        steps = np.arange(STRIDE)[:, None] + [group.age for group in self.groups]
+        rates = np.stack([_rate(g.spec, steps[:, i]) for i, g in enumerate(self.groups)], 1)
+        mean, square = DECAYS[self.optimizer]
+        corrections = np.ones_like(rates)
+        if square:
+            corrections = np.sqrt(1 - square ** (steps + 1))
+            rates *= corrections / (1 - mean ** (steps + 1))
+        owner = np.resize(self._owner, len(self._rows.score))
+        owner[len(self._owner) :] = 0  # fillers
+        both = np.stack([rates, EPSILON * corrections])[:, :, owner]
+        table = torch.from_numpy(both).to(self._rows.parameters)
+        rate, epsilon = table.view(*table.shape, *[1] * (self._rows.parameters.dim() - 1))
+        return rate, epsilon
+
+    @torch.no_grad()
+    def _step(self, leaf: Tensor, pre: Tensor, rate: Tensor, epsilon: Tensor) -> None:
+        rows = self._rows
+        (gradient,) = torch.autograd.grad(pre, leaf, rows.losses.gradient(pre.detach()))
+        mean, square = DECAYS[self.optimizer]
+        direction = rows.mean.lerp_(gradient, 1 - mean) if mean else gradient
+        if square:
+            rows.square.mul_(square).addcmul_(gradient, gradient, value=1 - square)
+            direction = direction / rows.square.sqrt().add_(epsilon)
+        rows.parameters.addcmul_(rate, direction, value=-1)
+        if self._bounded:
+            self.parametrization.project_(rows.parameters, rows.low, rows.high)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that is needed to go on exactly, as plain tensors `<key>/<name>`."""
+        self._join()
+        state: dict[str, Tensor] = {}
+        for group, where in self._places():
+            corner = torch.from_numpy(self._corner[where])
+            for name in ("parameters", "mean", "square", "kept", "score"):
+                rows = getattr(self._rows, name)
+                whole = rows.new_zeros(group.spec.corners, *rows.shape[1:])
+                if name == "kept":
+                    whole = group.corners.clone()
+                whole[corner] = rows[where]
+                state[f"{group.key}/{name}"] = whole
+            host = {
+                "best": group.score,
+                "steps": group.steps,
+                "reason": group.reason,
+                "clock": np.array([group.age, group.seconds]),
+            }
+            state |= {f"{group.key}/{name}": torch.tensor(value) for name, value in host.items()}
+            for name in ("curves", "snapshots"):
+                record: Record = getattr(group, name)
+                state[f"{group.key}/{name}.steps"] = torch.tensor([record.every, *record.steps])
+                values = torch.stack(record.values) if record.values else torch.empty(0)
+                state[f"{group.key}/{name}.values"] = values
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Puts groups that were admitted just now, by key, where a `state_dict` left them.
+
+        Raises:
+            UnfitState: nothing was saved for a group here, or for another one under its key.
+        """
+        self._join()
+        try:
+            for group, where in self._places():
+                self._restore(group, where, state)
+        except (KeyError, RuntimeError) as error:
+            raise UnfitState(f"The saved state does not fit job {group.key!r}: {error}.") from error
+        self._retire()
+
+    def _restore(self, group: Group, where: slice, state: Mapping[str, Tensor]) -> None:
+        for name in ("parameters", "mean", "square", "kept", "score"):
+            rows = getattr(self._rows, name)
+            rows[where] = state[f"{group.key}/{name}"].to(rows)
+        group.score = state[f"{group.key}/best"].numpy().copy()
+        group.steps = state[f"{group.key}/steps"].numpy().copy()
+        group.reason = state[f"{group.key}/reason"].numpy().copy()
+        age, group.seconds = state[f"{group.key}/clock"].tolist()
+        group.age = int(age)
+        for name in ("curves", "snapshots"):
+            record: Record = getattr(group, name)
+            record.every, *record.steps = state[f"{group.key}/{name}.steps"].tolist()
+            record.values = list(state[f"{group.key}/{name}.values"])
+
+
+def _filled(rows: _Rows, chosen: Integers) -> _Rows:
+    """The `chosen` rows, filled up with copies of the first of them where images are small."""
+    missing = -len(chosen) % FILL if rows.parameters[0].numel() <= SMALL_IMAGE else 0
+    index = np.append(chosen, np.full(missing, chosen[0]))
+    return rows.select(torch.from_numpy(index).to(rows.parameters.device))
+
+
+def _rate(spec: CollisionSpec, steps: NDArray[Any]) -> Floats:
+    """The step size of each of `steps` (from 0), on [0, 1] pixels."""
+    done = steps / spec.max_steps
+    shape = {
+        "constant": np.ones_like(done),
+        "rising": done + 1 / spec.max_steps,
+        "cosine": (1 + np.cos(math.pi * done)) / 2,
+    }[spec.schedule]
+    return spec.learning_rate * shape * (steps < spec.max_steps)
+
+
+def _each_image(flags: Tensor, images: Tensor) -> Tensor:
+    return flags.view(-1, *[1] * (images.dim() - 1))
+
+
+@contextmanager
+def _matmul_precision(*, tf32: bool) -> Iterator[None]:
+    """Whether CUDA may round the inputs of products to TF32; the setting is global, so put back."""
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value

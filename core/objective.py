@@ -1,0 +1,171 @@
+"""The losses of section 2 on pre-activations f', and their gradient in closed form.
+
+A *flat* unit is one that the activation clips for the target: below 0 (inactive), or above 6 for
+ReLU6 (saturated). It is free past its bound, so both kinds are one inequality: `side` (f' - bound)
+<= 0, with `side` +1 and bound 0 for inactive units, -1 and 6 for saturated ones, 0 for active
+units. f' is [R, U]: R rows, U units.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from core.taps import Clip
+
+
+@dataclass(frozen=True)
+class Target:
+    """The target's pre-activations `pre` [U] behind the activation `clip`."""
+
+    pre: Tensor
+    clip: Clip
+
+    @property
+    def active(self) -> Tensor:
+        """[U] bool: f'(t) >= 0 (the paper's), and below where the activation saturates."""
+        return (self.pre >= 0) & (self.pre < self.clip.high)
+
+    @property
+    def side(self) -> Tensor:
+        """[U]: 1 for inactive units, -1 for saturated ones, 0 for active ones."""
+        inactive, saturated = self.pre < 0, self.pre >= self.clip.high
+        return inactive.float().sub_(saturated.float())
+
+    @property
+    def bound(self) -> Tensor:
+        """[U]: where the unit's flat piece begins; 0 for active units."""
+        return torch.where(self.pre >= self.clip.high, self.clip.high, 0.0)
+
+    @property
+    def energy(self) -> float:
+        """||f(t)||^2, the unit of relative thresholds."""
+        return float(self.clip(self.pre).square().sum())
+
+
+def l_pos(pre: Tensor, target: Target) -> Tensor:
+    """L_pos [R]: the sum of (f' - f'(t))^2 over active units."""
+    return ((pre - target.pre).square() * target.active).sum(1)
+
+
+def l_neg(
+    pre: Tensor, target: Target, chosen: Tensor, negative: Literal["absolute", "hinge"]
+) -> Tensor:
+    """L_neg [R]: `chosen` [R, U] units pushed past their bound, the other flat ones held to it."""
+    past = target.side * (pre - target.bound)
+    others = past.abs() if negative == "absolute" else past.relu()
+    return torch.where(chosen, past, others).sum(1)
+
+
+def violation(pre: Tensor, target: Target) -> Tensor:
+    """[R]: the sum of relu(f')^2 over inactive units (of relu(6 - f')^2 over saturated ones)."""
+    return (target.side * (pre - target.bound)).relu().square().sum(1)
+
+
+def plain(pre: Tensor, target: Target) -> Tensor:
+    """Equation 1 [R]: ||f(x) - f(t)||^2."""
+    return (target.clip(pre) - target.clip(target.pre)).square().sum(1)
+
+
+def residual(pre: Tensor, target: Target) -> Tensor:
+    """[R]: ||f(x) - f(t)||, relative to ||f(t)||."""
+    return plain(pre, target).sqrt() / target.energy**0.5
+
+
+@dataclass
+class RowTensors:
+    """A dataclass whose tensors all have one entry a row, [R, ...]; what is no tensor is shared."""
+
+    def select(self, rows: Tensor) -> Self:
+        changed: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, RowTensors):
+                changed[f.name] = value.select(rows)
+            elif isinstance(value, Tensor):
+                changed[f.name] = value[rows]
+        return replace(self, **changed)
+
+    @classmethod
+    def stack(cls, parts: Sequence[Self]) -> Self:
+        changed: dict[str, Any] = {}
+        for f in fields(cls):
+            values = [getattr(part, f.name) for part in parts]
+            if isinstance(values[0], RowTensors):
+                changed[f.name] = type(values[0]).stack(values)
+            elif isinstance(values[0], Tensor):
+                changed[f.name] = torch.cat(values)
+        return replace(parts[0], **changed)
+
+
+@dataclass
+class Losses(RowTensors):
+    """The losses of many rows as coefficients, all [R, U]; rows of different jobs side by side.
+
+    A row's loss is the sum over units of
+    `pull`/2 (f' - `target`)^2 + `push` |f' - `bound`| + `drift` (f' - `bound`),
+    or, where `plain` is set, of `pull`/2 (f - `target`)^2 with f = plain(f').
+    """
+
+    target: Tensor
+    bound: Tensor
+    side: Tensor
+    active: Tensor
+    pull: Tensor
+    push: Tensor
+    drift: Tensor
+    plain: Clip | None = None
+
+    @classmethod
+    def of_corners(
+        cls,
+        target: Target,
+        chosen: Tensor,
+        *,
+        alpha: float,
+        beta: float,
+        negative: Literal["absolute", "hinge"],
+    ) -> Self:
+        """alpha L_pos + beta L_neg; `chosen` [K, U] are the units that each corner pushes away."""
+        side = target.side.expand_as(chosen)
+        others = (side != 0) & ~chosen
+        push, drift = beta * others, beta * side * chosen
+        if negative == "hinge":  # relu(y) = (|y| + y) / 2
+            push, drift = push / 2, drift + side * push / 2
+        pull = 2 * alpha * target.active.expand_as(chosen)
+        return cls(**_rows(target, len(chosen)), pull=pull, push=push, drift=drift)
+
+    @classmethod
+    def of_plain(cls, target: Target, corners: int, *, alpha: float) -> Self:
+        """alpha times equation 1, the same for every corner."""
+        rows = _rows(target, corners)
+        rows["target"] = target.clip(rows["target"])
+        none = torch.zeros_like(rows["target"])
+        return cls(**rows, pull=none + 2 * alpha, push=none, drift=none, plain=target.clip)
+
+    def gradient(self, pre: Tensor) -> Tensor:
+        """d loss / d f' [R, U]; the subgradient `drift` at f' = bound."""
+        if self.plain:
+            inside = (pre > 0) & (pre < self.plain.high)
+            return (pre - self.target).mul_(self.pull).mul_(inside)
+        away = torch.addcmul(self.drift, self.push, (pre - self.bound).sign_())
+        return away.addcmul_(self.pull, pre - self.target)
+
+    def l_pos(self, pre: Tensor) -> Tensor:
+        return (pre - self.target).square_().mul_(self.active).sum(1)
+
+    def violation(self, pre: Tensor) -> Tensor:
+        return (pre - self.bound).mul_(self.side).relu_().square_().sum(1)
+
+
+def _rows(target: Target, corners: int) -> dict[str, Tensor]:
+    """What the target asks of every corner alike, float32 [K, U]."""
+    asked = {
+        "target": target.pre,
+        "bound": target.bound,
+        "side": target.side,
+        "active": target.active,
+    }
+    return {name: value.float().expand(corners, -1) for name, value in asked.items()}

@@ -1,0 +1,195 @@
+"""What a job asks for: settings, their bounds, and presets. Torch-free; every room reads it."""
+
+import hashlib
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from core.errors import UnknownName
+
+Unit = Annotated[int, Field(ge=0, lt=2**31)]
+UnitSet = Annotated[list[Unit], Field(min_length=1, max_length=4096)]
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.()#:+-]+$")]
+Loss = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+# Clopper-Pearson at 100 000 already resolves 3 in 100 000; more only fills disks.
+Samples = Annotated[int, Field(ge=0, le=100_000)]
+
+
+class Strict(BaseModel):
+    """Immutable; an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Relative(Strict):
+    """A threshold as a fraction of the target's feature energy, the squared norm of f(t)."""
+
+    relative: Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)]
+
+
+Threshold = Loss | Relative
+
+
+class Interpolation(Strict):
+    """How the polytope is sampled."""
+
+    samples: Samples = Field(2000, description="Points drawn from the simplex of the corners.")
+    sampler: Literal["uniform", "paper"] = Field(
+        "uniform",
+        description="`uniform` is Dirichlet(1). `paper` draws each weight from what the earlier "
+        "ones left, so that points crowd the first corner.",
+    )
+
+
+class CollisionSpec(Strict):
+    """One job's settings: everything but the two images.
+
+    Losses are the paper's (section 2): alpha L_pos + beta L_neg + gamma R. Images are in [0, 1],
+    so a learning rate given for 0-255 pixels is to be divided by 255^2 for `gd` and `momentum`.
+    """
+
+    schema_version: Literal[1] = 1
+    preset: str | None = Field(
+        None, description="Settings to start from; whatever else is set here wins over them."
+    )
+    model: Name = Field(description="A name that `polycollide models` lists.")
+    weights: Name | None = Field(
+        None, description="Which of the model's weights, such as `IMAGENET1K_V1`."
+    )
+    layer: Name = Field(
+        description="A layer that `polycollide layers` lists: a module's path, `#1` behind it for "
+        "the second call of a module that runs twice."
+    )
+    target_class: Name | None = Field(
+        None,
+        description="The class, by name or index, that the target must have: a job whose target "
+        "the network takes for something else is refused.",
+    )
+    corners: int = Field(5, ge=1, le=256, description="K, the corners of the polytope.")
+    objective: Literal["corners", "plain"] = Field(
+        "corners",
+        description="`corners` gives each corner a unit of its own (L_pos and L_neg); `plain` is "
+        "equation 1, ||f(x) - f(t)||^2, and gives every corner the same image.",
+    )
+    units: (
+        Literal["first", "random", "reachable"]
+        | Annotated[list[Unit | UnitSet], Field(min_length=1, max_length=256)]
+    ) = Field(
+        "first",
+        description="The inactive unit, or set of units, that each corner pushes away: the first "
+        "ones (the paper's), random ones, those whose gradient at the source can most lower them, "
+        "or a list with one entry a corner.",
+    )
+    alpha: float = Field(1.0, gt=0, le=1e9, description="Weight of L_pos.")
+    beta: Weight = Field(0.1, description="Weight of L_neg.")
+    gamma: Weight = Field(0.0, description="Weight of the total variation (patches only).")
+    negative: Literal["absolute", "hinge"] = Field(
+        "hinge",
+        description="What the other inactive units pay: |f'| as in the paper, or relu(f'), which "
+        "is the constraint itself.",
+    )
+    pixel_range: Literal["valid", "free"] = Field(
+        "valid", description="Whether pixels are kept in [0, 1] at every step."
+    )
+    optimizer: Literal["gd", "momentum", "adam"] = Field(
+        "adam",
+        description="`gd` is a plain gradient step; `momentum` averages gradients 0.99 to 0.01.",
+    )
+    learning_rate: float = Field(0.01, gt=0, le=1e6, description="Step size on [0, 1] pixels.")
+    schedule: Literal["constant", "rising", "cosine"] = Field(
+        "constant", description="How the rate moves over max_steps: up from 0, or down to 0."
+    )
+    l_pos_threshold: Threshold = Field(
+        Relative(relative=0.01), description="A corner has converged under this L_pos ..."
+    )
+    violation_threshold: Threshold | None = Field(
+        Relative(relative=0.01),
+        description="... and under this violation; null tests L_pos alone, as the paper does.",
+    )
+    max_steps: int = Field(2000, ge=1, le=1_000_000, description="Steps a corner may take.")
+    max_seconds: float = Field(
+        3600.0, gt=0, le=7 * 86400, description="Seconds the optimisation may take."
+    )
+    interpolation: Interpolation = Interpolation()
+    ball_samples: Samples = Field(2000, description="Points of the ball of Appendix B; 0: none.")
+    snapshots: int = Field(
+        6, ge=0, le=64, description="Intermediate images kept per corner (Appendix C)."
+    )
+    figures: bool = Field(True, description="Whether pictures of the result are drawn.")
+    precision: Literal["fp32", "bf16", "tf32"] = Field(
+        "fp32", description="Of the optimisation; results are always measured in fp32."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Of random units and of every sample.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("preset") is None:
+            return data
+        if data["preset"] not in PRESETS:
+            raise ValueError(str(UnknownName("preset", str(data["preset"]), PRESETS)))
+        return PRESETS[data["preset"]] | data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if isinstance(self.units, list) and len(self.units) != self.corners:
+            raise ValueError(
+                f"units lists {len(self.units)} entries for {self.corners} corners; "
+                "give one entry for each corner."
+            )
+        return self
+
+    @property
+    def batch_key(self) -> str:
+        """Jobs with the same key can share one engine's forward and backward pass."""
+        shared = (self.model, self.weights, self.layer, self.precision)
+        loop = (self.optimizer, self.objective == "plain")
+        return hashlib.sha256(repr((*shared, *loop)).encode()).hexdigest()[:16]
+
+
+# `paper-*`: what the paper or the authors' code states; the comment names what they leave open.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Open in the paper: alpha, beta, the rate and the pixel range. These values give its mean
+    # pairwise distance (1.28).
+    "paper-mnist": {
+        "model": "mnist-mlp",
+        "layer": "fc1",
+        "corners": 5,
+        "objective": "corners",
+        "units": "first",
+        "alpha": 1.0,
+        "beta": 1.0,
+        "gamma": 0.0,
+        "negative": "absolute",
+        "pixel_range": "free",
+        "optimizer": "gd",
+        "learning_rate": 0.005,
+        "schedule": "constant",
+        "l_pos_threshold": 5.0,
+        "violation_threshold": None,
+        "max_steps": 5000,
+        "precision": "fp32",
+    },
+    # alpha is 100 on TensorFlow's half-squared norm, the rate 0.01 on 0-255 pixels. Open: when to
+    # stop (the code runs up to a million steps without a test).
+    "paper-vgg16-pixels": {
+        "model": "vgg16",
+        "layer": "classifier.0",
+        "corners": 5,
+        "objective": "corners",
+        "units": "first",
+        "alpha": 50.0,
+        "beta": 10.0,
+        "gamma": 0.0,
+        "negative": "absolute",
+        "pixel_range": "valid",
+        "optimizer": "momentum",
+        "learning_rate": 0.01 / 255**2,
+        "schedule": "constant",
+        "l_pos_threshold": {"relative": 0.01},
+        "violation_threshold": None,
+        "max_steps": 10_000,
+        "precision": "fp32",
+    },
+}
