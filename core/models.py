@@ -198,8 +198,7 @@ SHIPPED: dict[str, Callable[[], nn.Sequential]] = {"mnist-mlp": mnist_mlp, "mnis
 def _load_shipped(name: str, weights: str | None) -> Model:
     file = ASSETS / f"{name}.safetensors"
     _only(file.name, weights)
-    with _SkipInit():
-        network = SHIPPED[name]()
+    network = SHIPPED[name]()
     return Model(
         name=name,
         weights_sha256=_fill(name, network, file),
@@ -242,6 +241,21 @@ def _load_torchvision(name: str, weights: str | None) -> Model:
         weights=chosen,
         weights_sha256=_tensor_hash(network.state_dict()),
     )
+
+
+class _SkipInit(TorchFunctionMode):
+    """Leaves out random starts that are about to be replaced (VGG-16 spends 2 s on them).
+
+    Only whole initialisers: truncated normals draw until all numbers lie within bounds, which never
+    ends where the drawing itself is left out.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (init.normal_, init.uniform_, init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _torchvision_names() -> list[str]:
@@ -374,8 +388,7 @@ def _load_own(entry: _Own, path: Path, weights: str | None) -> Model:
     file = path.parent / entry.weights
     _only(file.name, weights)
     try:
-        with _SkipInit():
-            network = _factory(entry, path)()
+        network = _factory(entry, path)()
     except Exception as error:  # the operator's code may raise anything
         reason = f"the factory {entry.factory!r} of {entry.name!r} failed: {_brief(error)}"
         raise ModelUnavailable(f"{path}: {reason}.") from error
@@ -418,20 +431,6 @@ def _check_logits(model: Model) -> None:
 
 
 # Weights
-
-
-class _SkipInit(TorchFunctionMode):
-    """Leaves out the random start of weights that are about to be replaced (2 s for VGG-16)."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (init.normal_, init.uniform_, init.kaiming_uniform_):
-            return kwargs["tensor"]
-        if func in (Tensor.normal_, Tensor.uniform_):
-            return args[0]
-        return func(*args, **kwargs)
 
 
 def _fill(name: str, network: nn.Module, file: Path, sha256: str | None = None) -> str:

@@ -6,6 +6,7 @@ ReLU6 (saturated). It is free past its bound, so both kinds are one inequality: 
 units. f' is [R, U]: R rows, U units.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
@@ -32,7 +33,8 @@ class Target:
     def side(self) -> Tensor:
         """[U]: 1 for inactive units, -1 for saturated ones, 0 for active ones."""
         inactive, saturated = self.pre < 0, self.pre >= self.clip.high
-        return inactive.float().sub_(saturated.float())
+        side: Tensor = inactive.float() - saturated.float()
+        return side
 
     @property
     def bound(self) -> Tensor:
@@ -71,7 +73,7 @@ def plain(pre: Tensor, target: Target) -> Tensor:
 
 def residual(pre: Tensor, target: Target) -> Tensor:
     """[R]: ||f(x) - f(t)||, relative to ||f(t)||."""
-    return plain(pre, target).sqrt() / target.energy**0.5
+    return plain(pre, target).sqrt() / math.sqrt(target.energy)
 
 
 @dataclass
@@ -135,15 +137,15 @@ class Losses(RowTensors):
         if negative == "hinge":  # relu(y) = (|y| + y) / 2
             push, drift = push / 2, drift + side * push / 2
         pull = 2 * alpha * target.active.expand_as(chosen)
-        return cls(**_rows(target, len(chosen)), pull=pull, push=push, drift=drift)
+        return cls(*_rows(target, len(chosen)), pull, push, drift)
 
     @classmethod
     def of_plain(cls, target: Target, corners: int, *, alpha: float) -> Self:
         """alpha times equation 1, the same for every corner."""
-        rows = _rows(target, corners)
-        rows["target"] = target.clip(rows["target"])
-        none = torch.zeros_like(rows["target"])
-        return cls(**rows, pull=none + 2 * alpha, push=none, drift=none, plain=target.clip)
+        pre, bound, side, active = _rows(target, corners)
+        none = torch.zeros_like(pre)
+        pull = none + 2 * alpha
+        return cls(target.clip(pre), bound, side, active, pull, none, none, target.clip)
 
     def gradient(self, pre: Tensor) -> Tensor:
         """d loss / d f' [R, U]; the subgradient `drift` at f' = bound."""
@@ -160,12 +162,10 @@ class Losses(RowTensors):
         return (pre - self.bound).mul_(self.side).relu_().square_().sum(1)
 
 
-def _rows(target: Target, corners: int) -> dict[str, Tensor]:
-    """What the target asks of every corner alike, float32 [K, U]."""
-    asked = {
-        "target": target.pre,
-        "bound": target.bound,
-        "side": target.side,
-        "active": target.active,
-    }
-    return {name: value.float().expand(corners, -1) for name, value in asked.items()}
+def _rows(target: Target, corners: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The target's pre, bound, side and active as float32 [K, U], alike for every corner."""
+
+    def rows(value: Tensor) -> Tensor:
+        return value.float().expand(corners, -1)
+
+    return rows(target.pre), rows(target.bound), rows(target.side), rows(target.active)

@@ -82,8 +82,8 @@ class Tap:
         try:
             self._forward(images, {self.layer.call: stop})
         except _Reached as reached:
-            pre = reached.pre
-            return pre.flatten(1).float()
+            pre: Tensor = reached.pre.flatten(1).float()
+            return pre
         raise UntappableLayer(f"The network did not come to layer {self.layer.name!r} this time.")
 
     def observe(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,8 @@ class Tap:
         seen, record = _recorder()
 
         def mix(pre: Tensor) -> Tensor:
-            return torch.tensordot(weights.to(pre.dtype), pre, dims=1)
+            mixed: Tensor = torch.tensordot(weights.to(pre.dtype), pre, dims=1)
+            return mixed
 
         if self.layer.call == 0:
             logits = self._forward(corners, {0: lambda pre: record(mix(pre))})

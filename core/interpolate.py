@@ -1,0 +1,230 @@
+"""Measuring a polytope: distances, samples of its interior, and the ball beside it."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import special
+from torch import Tensor
+
+from core.objective import Target, residual
+from core.result import Ball, InterpolationResult, Polytope
+from core.taps import Tap
+
+Floats = NDArray[np.float64]
+
+# Pixel values that one forward pass of measurement takes: 27 images of 224 x 224 x 3.
+CHUNK = 2**22
+QUANTILES = (0.01, 0.05, 0.5)
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What the network makes of N images; `residual` is ||f(x) - f(t)|| / ||f(t)||."""
+
+    probability: Floats
+    label: NDArray[np.int64]
+    residual: Floats
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Points of the polytope: barycentric weights [N, K], and how they look as float and 8-bit."""
+
+    weights: Floats
+    floats: Looked
+    rounded: Looked
+
+
+def simplex_weights(sampler: str, samples: int, corners: int, rng: np.random.Generator) -> Floats:
+    """Barycentric weights [N, K].
+
+    `uniform` is Dirichlet(1, ..., 1). `paper` draws each weight uniformly from what the earlier
+    ones left and gives the rest to the last: means 1/2, 1/4, ..., the last two alike.
+    """
+    if sampler == "uniform":
+        return rng.dirichlet(np.ones(corners), samples)
+    shares = rng.random((samples, corners))
+    shares[:, -1] = 1.0
+    left = np.cumprod(1 - shares[:, :-1], axis=1)
+    return shares * np.hstack([np.ones((samples, 1)), left])
+
+
+def pairwise_distance(images: Tensor) -> Floats:
+    """Euclidean distances [K, K] on [0, 1] pixels."""
+    flat = images.flatten(1).double()
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(flat, flat, compute_mode=exact).cpu().numpy()
+
+
+def mean_of_pairs(distances: Floats) -> float:
+    """The mean over pairs of different images of a symmetric [K, K] matrix; 0 for one image."""
+    pairs = distances[np.triu_indices(len(distances), 1)]
+    return float(pairs.mean()) if len(pairs) else 0.0
+
+
+@cache
+def natural_distances() -> dict[tuple[int, ...], tuple[float, str]]:
+    """Mean distance between random images by shape (C, H, W), each with what it was taken of."""
+    text = resources.files("core").joinpath("assets/natural_distance.json").read_text()
+    return {tuple(entry["shape"]): (entry["distance"], entry["of"]) for entry in json.loads(text)}
+
+
+def natural_distance(references: Tensor) -> tuple[float, str]:
+    """Mean distance between random images of a shape, and what it was taken of.
+
+    For a shape without a shipped constant, `references` [N, C, H, W] stand in.
+    """
+    shipped = natural_distances().get(tuple(references.shape[1:]))
+    mean = mean_of_pairs(pairwise_distance(references))
+    return shipped or (mean, f"the {len(references)} sample images that ship with polycollide")
+
+
+def measure_polytope(corners: Tensor, natural: tuple[float, str]) -> Polytope:
+    """Distances between `corners` [K, C, H, W], and beside the `natural_distance`."""
+    distances = pairwise_distance(corners)
+    mean = mean_of_pairs(distances)
+    return Polytope(
+        mean_pairwise_distance=mean,
+        pairwise_distance=distances.tolist(),
+        natural_distance=natural[0],
+        natural_distance_of=natural[1],
+        spread=mean / natural[0],
+    )
+
+
+def clopper_pearson(hits: int, samples: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The exact binomial interval, from quantiles of the beta distribution."""
+    tail = (1 - confidence) / 2
+    low = special.betaincinv(hits, samples - hits + 1, tail) if hits else 0.0
+    high = special.betaincinv(hits + 1, samples - hits, 1 - tail) if hits < samples else 1.0
+    return float(low), float(high)
+
+
+def to_8bit(images: Tensor) -> Tensor:
+    """Images as an 8-bit file holds them, again in [0, 1]."""
+    return (images * 255).round_().clamp_(0, 255).div_(255)
+
+
+@torch.no_grad()
+def sample_polytope(
+    tap: Tap, target: Target, label: int, corners: Tensor, weights: Floats, *, mixes: bool
+) -> Samples:
+    """Looks at the mixtures `weights` [N, K] of `corners` [K, C, H, W].
+
+    With `mixes` (`core.taps.mixes`) the first layer is computed for the corners only.
+    """
+    points = torch.from_numpy(weights).to(corners)
+
+    def images(part: slice) -> Tensor:
+        mixed: Tensor = torch.tensordot(points[part], corners, dims=1)
+        return mixed
+
+    def float_forward(part: slice) -> tuple[Tensor, Tensor]:
+        if mixes:
+            return tap.observe_mixtures(corners, points[part])
+        return tap.observe(images(part))
+
+    def rounded_forward(part: slice) -> tuple[Tensor, Tensor]:
+        return tap.observe(to_8bit(images(part)))
+
+    parts = list(_parts(len(points), corners[0].numel()))
+    floats, rounded = (
+        _look(forward, parts, target, label) for forward in (float_forward, rounded_forward)
+    )
+    return Samples(weights, floats, rounded)
+
+
+def summarize(
+    samples: Samples, sampler: str, label: int, random_residual: float
+) -> InterpolationResult:
+    """The numbers of a result; `random_residual` is that of unrelated images, as in `Looked`."""
+
+    def of(looked: Looked) -> dict[str, object]:
+        hits = int((looked.label == label).sum())
+        return {
+            "accuracy": hits / len(looked.label),
+            "accuracy_interval": clopper_pearson(hits, len(looked.label)),
+            "mean_probability": float(looked.probability.mean()),
+            "min_probability": float(looked.probability.min()),
+            "probability_quantiles": {
+                str(q): float(np.quantile(looked.probability, q)) for q in QUANTILES
+            },
+            "relative_residual": float(looked.residual.mean()),
+            "residual_to_random": float(looked.residual.mean()) / random_residual,
+        }
+
+    rounded = {f"{name}_8bit": value for name, value in of(samples.rounded).items()}
+    return InterpolationResult.model_validate(
+        {"samples": len(samples.weights), "sampler": sampler, **of(samples.floats), **rounded}
+    )
+
+
+@torch.no_grad()
+def measure_ball(
+    tap: Tap, target: Target, label: int, corners: Tensor, samples: int, *, clip: bool, seed: int
+) -> Ball:
+    """The ball of Appendix B around the centroid of `corners`, sampled uniformly.
+
+    In so many dimensions nearly all of a ball is its surface: this is also the test on the sphere.
+    """
+    centre = corners.mean(0)
+    radius = float((corners - centre).flatten(1).norm(dim=1).min())
+    generator = torch.Generator(corners.device).manual_seed(seed)
+
+    def forward(part: slice) -> tuple[Tensor, Tensor]:
+        images = ball_points(centre, radius, part.stop - part.start, generator)
+        return tap.observe(images.clamp_(0, 1) if clip else images)
+
+    looked = _look(forward, list(_parts(samples, centre.numel())), target, label)
+    hits = int((looked.label == label).sum())
+    return Ball(
+        radius=radius,
+        samples=samples,
+        accuracy=hits / samples,
+        accuracy_interval=clopper_pearson(hits, samples),
+    )
+
+
+def ball_points(centre: Tensor, radius: float, samples: int, generator: torch.Generator) -> Tensor:
+    """[N, C, H, W] uniform in the ball of `radius` around `centre` [C, H, W]."""
+    device = centre.device
+    points = torch.randn(samples, *centre.shape, generator=generator, device=device)
+    lengths = torch.rand(samples, generator=generator, device=device).pow_(1 / centre.numel())
+    scale = radius * lengths / points.flatten(1).norm(dim=1)
+    return points.mul_(scale.view(-1, *[1] * centre.dim())).add_(centre)
+
+
+@torch.no_grad()
+def observe(tap: Tap, images: Tensor) -> tuple[Tensor, Tensor]:
+    """As `tap.observe`, for any number of images: f' [N, U] and logits [N, classes]."""
+    seen = [tap.observe(images[part]) for part in _parts(len(images), images[0].numel())]
+    pre, logits = zip(*seen, strict=True)
+    return torch.cat(pre), torch.cat(logits)
+
+
+def _look(
+    forward: Callable[[slice], tuple[Tensor, Tensor]],
+    parts: list[slice],
+    target: Target,
+    label: int,
+) -> Looked:
+    columns = []
+    for part in parts:
+        pre, logits = forward(part)
+        probability = logits.double().softmax(1)[:, label]
+        # Whole numbers up to 2^53 survive the trip as float64.
+        columns.append(torch.stack([probability, logits.argmax(1), residual(pre, target)]))
+    probability, labels, residuals = torch.cat(columns, 1).cpu().numpy()
+    return Looked(probability, labels.astype(np.int64), residuals)
+
+
+def _parts(samples: int, values_each: int) -> Iterator[slice]:
+    size = max(1, CHUNK // values_each)
+    for start in range(0, samples, size):
+        yield slice(start, min(start + size, samples))

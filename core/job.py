@@ -1,0 +1,334 @@
+"""One job from its settings and two images to its result; the command line and workers share it."""
+
+import copy
+import math
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from core import images, interpolate, models
+from core.engine import REASONS, Engine, Group
+from core.errors import InvalidSpec, UnknownName
+from core.models import Model
+from core.objective import Losses, Target, l_neg, l_pos, residual, violation
+from core.result import CornerResult, LayerResult, Provenance, Result, Seen
+from core.spec import CollisionSpec, Relative, Threshold
+from core.taps import Tap, is_cut, mixes, open_tap
+from core.units import choose_units
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network opened at a layer: what all jobs of one batch key share.
+
+    `tap` measures in float32, `working_tap` optimises in the job's precision. Two unrelated images
+    differ by `natural` in pixels (and what that was taken of) and by `feature_distance` at the
+    layer, on average.
+    """
+
+    model: Model
+    tap: Tap
+    working_tap: Tap
+    cut: bool
+    mixes: bool
+    natural: tuple[float, str]
+    feature_distance: float
+
+    @classmethod
+    def open(cls, spec: CollisionSpec, device: torch.device) -> "Subject":
+        """Loads the network of `spec` and opens its layer.
+
+        Raises:
+            UnknownName, ModelUnavailable, UntappableLayer: as `models.load` and `open_tap` do.
+        """
+        model = models.load(spec.model, weights=spec.weights, device=device)
+        references = reference_images(model).to(device)
+        network = model.classifier.network
+        tap = open_tap(model.classifier.normalize, network, spec.layer, references[:1])
+        working = tap
+        if spec.precision == "bf16":
+            cast = copy.deepcopy(network).to(torch.bfloat16)
+            working = Tap(tap.normalize, cast, tap.layer, torch.bfloat16)
+        return cls(
+            model=model,
+            tap=tap,
+            working_tap=working,
+            cut=is_cut(tap, references[:1], references[1:2]),
+            mixes=mixes(tap, references[:3]),
+            natural=interpolate.natural_distance(references),
+            feature_distance=_feature_distance(tap, references),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.classifier.parameters()).device
+
+    def engine(self, spec: CollisionSpec) -> Engine:
+        """A new engine for jobs with this batch key."""
+        return Engine(self.working_tap, spec.optimizer, tf32=spec.precision == "tf32")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job ready for the engine: what `measure` needs again is kept beside its `group`."""
+
+    spec: CollisionSpec
+    source: images.Loaded
+    target: images.Loaded
+    goal: Target
+    units: list[tuple[int, ...]] | None
+    seen_source: Seen
+    seen_target: Seen
+    group: Group
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A result and the arrays behind it: `corners` [K, C, H, W] in float32, and raw `samples`."""
+
+    result: Result
+    corners: NDArray[np.float32]
+    samples: interpolate.Samples | None
+
+
+@cache
+def _reference_files(mode: str) -> list[tuple[str, bytes]]:
+    folder = "mnist/" if mode == "L" else "photos/"
+    names = [name for name in images.sample_names() if name.startswith(folder)]
+    return [images.read(f"sample:{name}") for name in names]
+
+
+def reference_images(model: Model) -> Tensor:
+    """[N, C, H, W]: the sample images of the model's kind, fitted to it."""
+    files = _reference_files(model.preprocessing.mode)
+    loaded = [images.load(name, data, model.preprocessing) for name, data in files]
+    return torch.from_numpy(np.stack([image.pixels for image in loaded]))
+
+
+def prepare(
+    subject: Subject, spec: CollisionSpec, source: images.Loaded, target: images.Loaded, key: str
+) -> Job:
+    """Checks the images and settings against the network and builds the engine's group.
+
+    Raises:
+        InvalidSpec: the images are the same, the target is not of the class that the spec names,
+            or the units do not fit the target.
+        UnknownName: the spec names a class that the network does not have.
+    """
+    tap = subject.tap
+    pair = torch.from_numpy(np.stack([source.pixels, target.pixels])).to(subject.device)
+    if torch.equal(pair[0], pair[1]):
+        raise InvalidSpec("Source and target are the same image; give two different ones.")
+    with torch.no_grad():
+        pre, logits = tap.observe(pair)
+    seen_source, seen_target = (_seen(subject.model, row) for row in logits)
+    if spec.target_class is not None:
+        _check_class(subject.model, spec.target_class, seen_target)
+    goal = Target(pre[1], tap.layer.clip)
+    units = None if spec.objective == "plain" else choose_units(tap, goal, pair[0], spec)
+    if units is None:
+        losses = Losses.of_plain(goal, spec.corners, alpha=spec.alpha)
+    else:
+        losses = Losses.of_corners(
+            goal, _chosen(units, goal), alpha=spec.alpha, beta=spec.beta, negative=spec.negative
+        )
+    group = Group(
+        key=key,
+        spec=spec,
+        source=pair[0],
+        losses=losses,
+        l_pos_threshold=_absolute(spec.l_pos_threshold, goal),
+        violation_threshold=_absolute(spec.violation_threshold, goal),
+    )
+    return Job(spec, source, target, goal, units, seen_source, seen_target, group)
+
+
+def measure(subject: Subject, job: Job) -> Outcome:
+    """Measures the corners that the engine found, and the polytope between them."""
+    began = time.perf_counter()
+    spec, goal, label, corners = job.spec, job.goal, job.seen_target.label, job.group.corners
+    samples, interpolation, ball = None, None, None
+    if spec.interpolation.samples:
+        rng = np.random.default_rng([spec.seed, 1])
+        sampler = spec.interpolation.sampler
+        weights = interpolate.simplex_weights(
+            sampler, spec.interpolation.samples, len(corners), rng
+        )
+        samples = interpolate.sample_polytope(
+            subject.tap, goal, label, corners, weights, mixes=subject.mixes
+        )
+        unrelated = subject.feature_distance / goal.energy**0.5
+        interpolation = interpolate.summarize(samples, sampler, label, unrelated)
+    if spec.ball_samples:
+        clip = spec.pixel_range == "valid"
+        ball = interpolate.measure_ball(
+            subject.tap, goal, label, corners, spec.ball_samples, clip=clip, seed=spec.seed
+        )
+    corner_results = _corner_results(subject, job)
+    result = Result(
+        converged=bool(job.group.converged.all()),
+        steps=int(job.group.steps.max()),
+        seconds=job.group.seconds,
+        measuring_seconds=0.0,
+        cut=subject.cut,
+        warnings=_warnings(subject, job),
+        notes=[*job.source.notes, *job.target.notes],
+        layer=LayerResult(
+            name=subject.tap.layer.name,
+            shape=list(subject.tap.layer.shape),
+            units=subject.tap.layer.units,
+            active=int((goal.pre > 0).sum()),
+        ),
+        source=job.seen_source,
+        target=job.seen_target,
+        corners=corner_results,
+        polytope=interpolate.measure_polytope(corners, subject.natural),
+        interpolation=interpolation,
+        ball=ball,
+        provenance=_provenance(subject, job),
+    )
+    seconds = {"measuring_seconds": time.perf_counter() - began}
+    return Outcome(result.model_copy(update=seconds), corners.cpu().numpy(), samples)
+
+
+def run(
+    subject: Subject,
+    spec: CollisionSpec,
+    source: images.Loaded,
+    target: images.Loaded,
+    on_progress: Callable[[Group], None] = lambda group: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[Job, Outcome]:
+    """One job alone. When told to stop it keeps, and measures, what it has found."""
+    job = prepare(subject, spec, source, target, key="job")
+    engine = subject.engine(spec)
+    engine.admit(job.group)
+    while not engine.advance():
+        on_progress(job.group)
+        if should_stop():
+            engine.stop(job.group.key)
+            break
+    on_progress(job.group)
+    return job, measure(subject, job)
+
+
+def _chosen(units: list[tuple[int, ...]], goal: Target) -> Tensor:
+    """The units of each corner as a mask [K, U]."""
+    chosen = torch.zeros(len(units), len(goal.pre), dtype=torch.bool)
+    for corner, own in enumerate(units):
+        chosen[corner, list(own)] = True
+    return chosen.to(goal.pre.device)
+
+
+def _absolute(threshold: Threshold | None, goal: Target) -> float:
+    if threshold is None:
+        return math.inf
+    return threshold.relative * goal.energy if isinstance(threshold, Relative) else threshold
+
+
+def _seen(model: Model, logits: Tensor) -> Seen:
+    label = int(logits.argmax())
+    probability = float(logits.double().softmax(0)[label])
+    return Seen(label=label, class_=model.classes[label], probability=probability)
+
+
+def _check_class(model: Model, wanted: str, seen: Seen) -> None:
+    if wanted not in (seen.class_, str(seen.label)):
+        if wanted not in (*model.classes, *map(str, range(len(model.classes)))):
+            raise UnknownName("class", wanted, model.classes)
+        raise InvalidSpec(
+            f"The target should be {wanted!r}, but {model.name} takes it for {seen.class_!r} "
+            f"(probability {seen.probability:.2f}); give another target image."
+        )
+
+
+def _warnings(subject: Subject, job: Job) -> list[str]:
+    warnings = []
+    if not subject.cut:
+        warnings.append(
+            f"Layer {subject.tap.layer.name!r} is no cut: other paths lead around it, so sharing "
+            "its activations does not decide the class."
+        )
+    if job.spec.objective == "plain" and job.spec.corners > 1:
+        warnings.append("The plain objective has no units: all corners are the same image.")
+    if job.spec.precision == "tf32" and subject.device.type != "cuda":
+        warnings.append("TF32 is a mode of NVIDIA GPUs: this job ran in fp32.")
+    return warnings
+
+
+def _corner_results(subject: Subject, job: Job) -> list[CornerResult]:
+    group, goal, corners = job.group, job.goal, job.group.corners
+    pre, logits = interpolate.observe(subject.tap, corners)
+    _, logits_8bit = interpolate.observe(subject.tap, interpolate.to_8bit(corners))
+    chosen = _chosen(job.units, goal) if job.units else torch.zeros_like(pre, dtype=torch.bool)
+    to_source, to_target = (
+        (corners - torch.from_numpy(image.pixels).to(corners)).flatten(1).norm(dim=1)
+        for image in (job.source, job.target)
+    )
+    columns = {
+        "l_pos": l_pos(pre, goal),
+        "l_neg": l_neg(pre, goal, chosen, job.spec.negative),
+        "violation": violation(pre, goal),
+        "relative_residual": residual(pre, goal),
+        "label": logits.argmax(1),
+        "probability": logits.double().softmax(1)[:, job.seen_target.label],
+        "label_8bit": logits_8bit.argmax(1),
+        "probability_8bit": logits_8bit.double().softmax(1)[:, job.seen_target.label],
+        "distance_to_source": to_source,
+        "distance_to_target": to_target,
+        "distance_ratio": to_source / to_target,
+    }
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [
+        CornerResult(
+            index=i,
+            unit=_unit(job.units[i]) if job.units else None,
+            steps=int(group.steps[i]),
+            converged=bool(group.converged[i]),
+            reason=REASONS[group.reason[i]],
+            class_=subject.model.classes[int(logits[i].argmax())],
+            **dict(zip(columns, row, strict=True)),
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+def _unit(units: tuple[int, ...]) -> int | list[int]:
+    return units[0] if len(units) == 1 else list(units)
+
+
+@cache
+def _versions() -> dict[str, str]:
+    packages = ("polycollide", "torch", "torchvision", "numpy")
+    return {"python": platform.python_version()} | {p: metadata.version(p) for p in packages}
+
+
+def _provenance(subject: Subject, job: Job) -> Provenance:
+    device = subject.device
+    cuda = device.type == "cuda"
+    return Provenance(
+        versions=_versions(),
+        weights=subject.model.weights,
+        weights_sha256=subject.model.weights_sha256,
+        source_sha256=job.source.sha256,
+        target_sha256=job.target.sha256,
+        spec=job.spec,
+        seed=job.spec.seed,
+        device=torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})",
+        precision="fp32" if job.spec.precision == "tf32" and not cuda else job.spec.precision,
+    )
+
+
+def _feature_distance(tap: Tap, references: Tensor) -> float:
+    """Mean ||f(a) - f(b)|| over pairs of the reference images."""
+    pre, _ = interpolate.observe(tap, references)
+    features = tap.layer.clip(pre)
+    return interpolate.mean_of_pairs(interpolate.pairwise_distance(features))
