@@ -40,6 +40,14 @@ class Samples:
     floats: Looked
     rounded: Looked
 
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
+        """By the names they have in `samples.npz`."""
+        named = {"": self.floats, "_8bit": self.rounded}
+        looked = {
+            f"{n}{suffix}": v for suffix, part in named.items() for n, v in vars(part).items()
+        }
+        return {"weights": self.weights, **looked}
+
 
 def simplex_weights(sampler: str, samples: int, corners: int, rng: np.random.Generator) -> Floats:
     """Barycentric weights [N, K].

@@ -1,0 +1,1 @@
+"""Approximate feature collisions: what a user holds. Nothing here imports torch."""

@@ -1,0 +1,313 @@
+"""Jobs on this machine without a server: the commands that open `core` themselves."""
+
+import json as jsonlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from core import figures, images, job
+from core import models as registry
+from core.engine import Group
+from core.errors import CoreError, InvalidSpec, UnknownName
+from core.result import Result
+from core.spec import CollisionSpec
+from core.taps import Tap, is_affine, is_cut, tappable
+
+console = Console()
+# For progress and remarks: standard output stays clean for --json and pipes.
+aside = Console(stderr=True)
+
+
+def run(
+    source: str,
+    target: str,
+    named: dict[str, Any],
+    settings: list[str],
+    *,
+    out: Path | None,
+    json: bool,
+    device: str | None,
+) -> None:
+    """One job from images and settings as they were typed; prints its result and writes it to out.
+
+    Ctrl-C ends the optimisation; what it has found is measured, printed and written all the same.
+    """
+    with in_one_sentence(), first_interrupt_asks() as interrupted:
+        spec = build_spec(named, settings)
+        subject = job.Subject.open(spec, pick_device(device))
+        prepare = subject.model.preprocessing
+        source_image = images.load(*images.read(source), prepare)
+        target_image = images.load(*images.read(target), prepare)
+        with progress_bar(spec) as on_progress:
+            done, outcome = job.run(
+                subject, spec, source_image, target_image, on_progress, interrupted
+            )
+        files = write(out, done, outcome) if out else []
+        if json:
+            print(outcome.result.model_dump_json(indent=2))
+        else:
+            show(outcome.result)
+            if files:
+                console.print(f"{out}: {', '.join(files)}", highlight=False, soft_wrap=True)
+        if interrupted():
+            raise typer.Exit(130)
+
+
+def models() -> None:
+    """Prints the registry."""
+    table = Table("model", "weights", "input", "classes", "origin", "weights here")
+    with in_one_sentence():
+        for listed in registry.listed():
+            shape = " x ".join(map(str, listed.input_shape)) if listed.input_shape else ""
+            weights = ", ".join(listed.weights)
+            here = "yes" if listed.ready else ""
+            table.add_row(
+                listed.name, weights, shape, str(listed.classes or ""), listed.origin, here
+            )
+    console.print(table)
+
+
+def layers(model: str, weights: str | None, target: str | None, *, device: str | None) -> None:
+    """Prints the layers that can be tapped; with a target image, the units active for it."""
+    with in_one_sentence(), torch.no_grad():
+        opened = registry.load(model, weights=weights, device=pick_device(device))
+        references = job.reference_images(opened).to(pick_device(device))
+        image = references[:1]
+        if target:
+            loaded = images.load(*images.read(target), opened.preprocessing)
+            image = torch.from_numpy(loaded.pixels)[None].to(references)
+        normalize, network = opened.classifier.normalize, opened.classifier.network
+        listed = tappable(network, normalize(image))
+        table = Table("layer", "shape", "units", "cut")
+        if target:
+            table = Table("layer", "shape", "units", "cut", "active", "dimension at most")
+        with Progress(console=aside, transient=True) as bar:
+            for layer in bar.track(listed, description="layers"):
+                tap = Tap(normalize, network, layer)
+                row = _layer_row(tap, references)
+                table.add_row(*row, *(_target_columns(tap, image, references) if target else ()))
+    console.print(table)
+
+
+def _layer_row(tap: Tap, references: torch.Tensor) -> tuple[str, str, str, str]:
+    shape = " x ".join(map(str, tap.layer.shape))
+    cut = "yes" if is_cut(tap, references[:1], references[1:2]) else "no"
+    return tap.layer.name, shape, str(tap.layer.units), cut
+
+
+def _target_columns(tap: Tap, image: torch.Tensor, references: torch.Tensor) -> tuple[str, str]:
+    """Active units n_p, and d - n_p for a layer that is affine in the image (section 2)."""
+    active = int((tap(image) > 0).sum())
+    if not is_affine(tap, references[:2]):
+        return str(active), ""
+    return str(active), str(max(0, image.numel() - active))
+
+
+def build_spec(named: dict[str, Any], settings: list[str]) -> CollisionSpec:
+    """The spec from named options and `NAME=VALUE` settings, values in JSON or plain words."""
+    given = {name: value for name, value in named.items() if value is not None}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        first, *rest = name.split(".")
+        if not equals:
+            raise InvalidSpec(f"--set takes NAME=VALUE, not {setting!r}.")
+        if first not in CollisionSpec.model_fields:
+            raise UnknownName("setting", first, CollisionSpec.model_fields)
+        try:
+            value = jsonlib.loads(text)
+        except jsonlib.JSONDecodeError:
+            value = text
+        for part in reversed(rest):
+            value = {part: value}
+        merged = isinstance(value, dict) and isinstance(given.get(first), dict)
+        given[first] = given[first] | value if merged else value
+    try:
+        return CollisionSpec.model_validate(given)
+    except ValidationError as error:
+        raise InvalidSpec(one_sentence(error)) from error
+
+
+def one_sentence(error: ValidationError) -> str:
+    """What pydantic has against a spec, in one sentence."""
+    wrong = error.errors(include_url=False)
+    listed = [
+        f"{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else e["msg"] for e in wrong
+    ]
+    return "; ".join(text.removeprefix("Value error, ") for text in listed)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`; unnamed, the GPU where there is one."""
+    cuda = torch.cuda.is_available()
+    if name not in (None, "cpu", "cuda") or (name == "cuda" and not cuda):
+        raise InvalidSpec(f"There is no device {name!r} here; take cpu{' or cuda' * cuda}.")
+    return torch.device(name or ("cuda" if cuda else "cpu"))
+
+
+def write(out: Path, done: job.Job, outcome: job.Outcome) -> list[str]:
+    """Writes everything a result has into the folder `out`; returns the names of the files."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = {"result.json": outcome.result.model_dump_json(indent=2).encode()}
+    for i, corner in enumerate(outcome.corners):
+        files[f"corner-{i}.png"] = images.to_png(corner)
+    if done.spec.figures:
+        source, target = done.source.pixels, done.target.pixels
+        drawn = figures.draw_result(source, target, outcome.corners, outcome.result)
+        files["figure.png"] = drawn
+        files["curves.png"] = figures.draw_curves(done.group, outcome.result)
+        if done.group.snapshots.values:
+            files["snapshots.png"] = figures.draw_snapshots(
+                source, target, done.group, outcome.corners
+            )
+    for name, content in files.items():
+        (out / name).write_bytes(content)
+    arrays: dict[str, dict[str, Any]] = {"corners.npz": {"corners": outcome.corners}}
+    if outcome.samples:
+        arrays["samples.npz"] = outcome.samples.arrays()
+    for name, columns in arrays.items():
+        np.savez_compressed(out / name, **columns)
+    return [*files, *arrays]
+
+
+def show(result: Result) -> None:
+    """Prints a result as tables."""
+    target = result.target
+    probability = f"P({target.class_})"
+    table = Table("corner", "unit", "steps", "L_pos", "violation", "seen as", probability, "8-bit")
+    for name in ("to source", "to target"):
+        table.add_column(name)
+    for column in table.columns:
+        column.justify = "right"
+    for c in result.corners:
+        unit = "" if c.unit is None else str(c.unit)
+        mark = "" if c.converged else f" ({c.reason})"
+        table.add_row(
+            str(c.index),
+            unit,
+            f"{c.steps}{mark}",
+            f"{c.l_pos:.3g}",
+            f"{c.violation:.3g}",
+            c.class_,
+            f"{c.probability:.4f}",
+            f"{c.probability_8bit:.4f}",
+            f"{c.distance_to_source:.2f}",
+            f"{c.distance_to_target:.2f}",
+        )
+    console.print(table)
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    for name, text in _facts(result):
+        facts.add_row(name, text)
+    console.print(facts)
+    for warning in result.warnings:
+        console.print(f"[yellow]Warning:[/] {warning}")
+
+
+def _facts(result: Result) -> Iterator[tuple[str, str]]:
+    source, target, polytope = result.source, result.target, result.polytope
+    yield "source", f"{source.class_} (probability {source.probability:.4f})"
+    yield "target", f"{target.class_} (probability {target.probability:.4f})"
+    if result.converged:
+        yield "converged", f"every corner, in {result.steps} steps and {result.seconds:.2f} s"
+    else:
+        left = sum(not c.converged for c in result.corners)
+        yield "converged", f"no: {left} of {len(result.corners)} corners are above a threshold"
+    yield (
+        "spread",
+        f"{polytope.spread:.3f} = mean pairwise distance {polytope.mean_pairwise_distance:.3f} / "
+        f"{polytope.natural_distance:.2f} between {polytope.natural_distance_of}",
+    )
+    if between := result.interpolation:
+        yield (
+            f"{between.samples} interpolations",
+            f"{percent(between.accuracy, between.accuracy_interval)} seen as {target.class_}, mean "
+            f"probability {between.mean_probability:.4f}, least {between.min_probability:.4f}",
+        )
+        yield (
+            "the same in 8 bits",
+            f"{percent(between.accuracy_8bit, between.accuracy_interval_8bit)}, mean probability "
+            f"{between.mean_probability_8bit:.4f}, least {between.min_probability_8bit:.4f}",
+        )
+    if ball := result.ball:
+        yield f"ball, radius {ball.radius:.2f}", percent(ball.accuracy, ball.accuracy_interval)
+    for note in result.notes:
+        yield "note", note
+
+
+def percent(fraction: float, interval: tuple[float, float]) -> str:
+    """A fraction with its interval, as `100.0 % (99.8 to 100.0)`."""
+    low, high = interval
+    return f"{100 * fraction:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+@contextmanager
+def progress_bar(spec: CollisionSpec) -> Iterator[Callable[[Group], None]]:
+    """A live bar of steps, worst L_pos, rows left and rate; gives what updates it."""
+    columns = "{task.fields[worst]}", "{task.fields[left]}", "{task.fields[rate]}"
+    with Progress(
+        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(),
+        *(TextColumn(column) for column in columns),
+        TimeElapsedColumn(),
+        console=aside,
+        transient=True,
+    ) as bar:
+        task = bar.add_task("", total=spec.max_steps, worst="", left="", rate="")
+        began = time.perf_counter()
+
+        def update(group: Group) -> None:
+            worst = np.nanmax(group.latest[:, 0], initial=-np.inf)
+            bar.update(
+                task,
+                completed=min(group.age, spec.max_steps),
+                worst=f"worst L_pos {worst:.3g}",
+                left=f"{group.running.sum()} rows left",
+                rate=f"{group.age / (time.perf_counter() - began):.0f} steps/s",
+            )
+
+        yield update
+
+
+@contextmanager
+def first_interrupt_asks() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C only asks to stop, which what it gives then tells; the second one stops."""
+    asked = False
+
+    def ask(signum: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+        aside.print("Stopping; what is done is kept. Ctrl-C again to give up.")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def in_one_sentence() -> Iterator[None]:
+    """Errors that a user can act on end the command with a sentence, not a traceback."""
+    try:
+        yield
+    except CoreError as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        message = "The device's memory does not hold this job; ask for fewer corners."
+    except OSError as error:
+        message = f"{error.filename or 'A file'} cannot be used: {error.strerror or error}."
+    else:
+        return
+    aside.print(f"[red]Error:[/] {message}", highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
