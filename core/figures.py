@@ -7,7 +7,7 @@ a class may be called "$5 bill", too). Images are drawn as their 8-bit files sho
 import io
 import textwrap
 from collections import Counter
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
 from core.images import to_8bit
-from core.result import CornerResult, Result, Seen
+from core.result import CornerResult, Result
 
 if TYPE_CHECKING:
     from core.engine import Group
@@ -28,28 +27,27 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.floating[Any]]
 
 DPI = 72  # a point is a pixel, so every length below is in pixels
-FONT, LINE, CHARACTER = 13, 18, 7.2  # the last is the width of an average one
+FONT, LINE, LETTER = 13, 18, 7.2  # size, height of a line, width of an average letter
 MIN_WIDTH, MAX_WIDTH, MAX_PITCH = 1000, 1600, 280
+MAX_HEIGHT = 1440  # of the images alone
 MARGIN, APART, GAP = 20, 36, 14
 CURVES_SIZE = 1400, 500
-
 CORNERS_SHOWN, CORNER_COLUMNS = 32, 6
-SNAPSHOT_ROWS, SNAPSHOT_COLUMNS = 8, 8
+SNAPSHOT_ROWS, SNAPSHOT_COLUMNS = 8, 7
+LETTERS = 24  # in a line of a corner's cell, at 8 cells across
 COLOURS = matplotlib.color_sequences["petroff10"]
 SOURCE_COLOUR, TARGET_COLOUR = "#0072B2", "#D55E00"  # Okabe and Ito's blue and vermilion
-TEXT_COLOUR, RULE_COLOUR = "#222222", "#CCCCCC"
+RULE_COLOUR = "#CCCCCC"
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """An image [C, H, W] and the lines written around it."""
+    """An image [C, H, W] and the lines around it, of which the first above is the heading."""
 
     image: Pixels
-    heading: str = ""
     above: tuple[str, ...] = ()
     below: tuple[str, ...] = ()
-    beside: str = ""
-    colour: str = TEXT_COLOUR
+    colour: str = RULE_COLOUR
 
 
 def draw_result(source: Pixels, target: Pixels, corners: Pixels, result: Result) -> bytes:
@@ -57,24 +55,21 @@ def draw_result(source: Pixels, target: Pixels, corners: Pixels, result: Result)
 
     `source` and `target` are [C, H, W], `corners` [K, C, H, W]: what `result` tells of.
     """
-    known = {seen.label: seen.class_ for seen in (*result.corners, result.source, result.target)}
-    shown = [
-        _corner_cell(image, corner, result.target.label, known)
-        for image, corner in zip(corners[:CORNERS_SHOWN], result.corners, strict=False)
-    ]
+    pairs = zip(corners[:CORNERS_SHOWN], result.corners, strict=False)
+    shown = [_corner_cell(image, corner, result) for image, corner in pairs]
     rows = -(-len(shown) // CORNER_COLUMNS)
     columns = -(-len(shown) // rows)
+    first, last = (
+        _cut(name, seen.class_, _percent(seen.probability))
+        for name, seen in (("source", result.source), ("target", result.target))
+    )
     apart = f"{np.linalg.norm(source - target):.2f}"
-    ends = [
-        _Cell(image, name, _lines(seen.class_, _percent(seen.probability)), (below,), colour=colour)
-        for image, name, seen, below, colour in (
-            (source, "source", result.source, f"ΔT {apart}", SOURCE_COLOUR),
-            (target, "target", result.target, f"ΔS {apart}", TARGET_COLOUR),
-        )
-    ]
-    grid = [shown[i : i + columns] for i in range(0, len(shown), columns)]
-    notes = [_shown(shown, corners), _clipping(corners)]
-    return _sheet(ends[0], grid, ends[1], [*_findings(result), *notes])
+    return _sheet(
+        _Cell(source, first, below=(f"ΔT {apart}",), colour=SOURCE_COLOUR),
+        [shown[i : i + columns] for i in range(0, len(shown), columns)],
+        _Cell(target, last, below=(f"ΔS {apart}",), colour=TARGET_COLOUR),
+        [*_findings(result), _shown(shown, corners)],
+    )
 
 
 def draw_snapshots(source: Pixels, target: Pixels, group: "Group", corners: Pixels) -> bytes:
@@ -82,198 +77,203 @@ def draw_snapshots(source: Pixels, target: Pixels, group: "Group", corners: Pixe
     noted = zip(group.snapshots.steps, group.snapshots.values, strict=True)
     # At step 0 each corner is the source; after its last step it is what `corners` holds.
     between = [(step, images) for step, images in noted if 0 < step < group.steps.max()]
-    count = min(len(between), group.spec.snapshots, SNAPSHOT_COLUMNS - 1)
-    chosen = np.linspace(-1, len(between), count + 2)[1:-1].round().astype(int)
-    columns = [(f"step {between[i][0]:,}", between[i][1].numpy()) for i in chosen]
-    columns.append(("final", corners))
-    grid = [
-        [
-            _Cell(
-                images[k],
-                heading="" if k else heading,
-                below=(f"step {group.steps[k]:,}",) if images is corners else (),
-                beside="" if column else f"corner {k}",
-            )
-            for column, (heading, images) in enumerate(columns)
-        ]
-        for k in range(min(len(corners), SNAPSHOT_ROWS))
+    room = min(group.spec.snapshots, SNAPSHOT_COLUMNS)
+    stride = -(-(len(between) + 1) // (room + 1))
+    columns = [(f"step {step:,}", images.numpy()) for step, images in between[stride - 1 :: stride]]
+    rows = [
+        [_Cell(images[k], () if k else (heading,)) for heading, images in columns]
+        + [_Cell(corner, () if k else ("final",), below=(f"step {group.steps[k]:,}",))]
+        for k, corner in enumerate(corners[:SNAPSHOT_ROWS])
     ]
-    ends = (
-        _Cell(source, "source", colour=SOURCE_COLOUR),
-        _Cell(target, "target", colour=TARGET_COLOUR),
+    return _sheet(
+        _Cell(source, ("source",), colour=SOURCE_COLOUR),
+        rows,
+        _Cell(target, ("target",), colour=TARGET_COLOUR),
+        [_shown(rows, corners)],
+        names=[f"corner {k}" for k in range(len(rows))],
     )
-    return _sheet(ends[0], grid, ends[1], [_shown(grid, corners), _clipping(corners)])
 
 
 def draw_curves(group: "Group", result: Result) -> bytes:
     """L_pos and violation of each corner against steps, with the thresholds they had to pass."""
     kept = np.array([(corner.l_pos, corner.violation) for corner in result.corners])  # [K, 2]
     kept_steps = [corner.steps for corner in result.corners]
-    noted = [values.numpy() for values in group.curves.values]
-    curves = np.reshape(noted, (-1, *kept.shape))  # [N, K, 2]
-    few = len(kept) <= len(COLOURS)
-    colours = COLOURS if few else [SOURCE_COLOUR] * len(kept)
-    thresholds = group.l_pos_threshold, group.violation_threshold
+    curves = np.reshape([values.numpy() for values in group.curves.values], (-1, *kept.shape))
+    names = [f"corner {corner.index}" for corner in result.corners]
+    few = len(names) <= len(COLOURS)
+    colours = COLOURS[: len(names)] if few else [SOURCE_COLOUR] * len(names)
+    width, alpha = (1.5, 1.0) if few else (0.8, 0.4)
 
-    figure = _figure(*CURVES_SIZE, layout="constrained")
+    figure = Figure((CURVES_SIZE[0] / DPI, CURVES_SIZE[1] / DPI))
+    figure.set_layout_engine("constrained", w_pad=MARGIN / 2 / DPI, h_pad=MARGIN / 2 / DPI)
+    thresholds = group.l_pos_threshold, group.violation_threshold
     panels = zip(figure.subplots(1, 2), ("L_pos", "violation"), thresholds, strict=True)
     for i, (axes, name, threshold) in enumerate(panels):
-        for k, colour in zip(range(len(kept)), colours, strict=False):
-            look = {"color": colour, "alpha": 1.0 if few else 0.4}
-            axes.plot(group.curves.steps, curves[:, k, i], **look, label=f"corner {k}")
-            axes.plot(kept_steps[k], kept[k, i], "o", **look, markersize=6, clip_on=False)
-        _scale(axes, np.array([*curves[..., i].flat, *kept[:, i], threshold]))
-        axes.set_xlim(0, max([10, *group.curves.steps, *kept_steps]))
-        tested = np.isfinite(threshold)
-        axes.set_title(name if tested else f"{name} (not tested)", loc="left", fontsize=FONT)
-        if tested:
-            axes.axhline(threshold, color=TEXT_COLOUR, linestyle="--", linewidth=1)
-            place = {"xy": (0, threshold), "xycoords": axes.get_yaxis_transform()}
-            place |= {"xytext": (5, 3), "textcoords": "offset points"}
-            axes.annotate(f"threshold {threshold:.3g}", **place, fontsize=FONT)
-    figure.supxlabel("step (a dot: the state that was kept)", fontsize=FONT)
+        axes.set_prop_cycle(color=colours)
+        lines = axes.plot(group.curves.steps, curves[..., i], linewidth=width, alpha=alpha)
+        axes.scatter(kept_steps, kept[:, i], c=colours, alpha=alpha, zorder=3, clip_on=False)
+        tested = "not tested"
+        if np.isfinite(threshold):
+            tested = f"dashed: threshold {threshold:.4g}"
+            axes.axhline(threshold, color="black", linestyle="--", linewidth=1)
+        axes.set_title(f"{name} ({tested})", loc="left", fontsize=FONT)
+        axes.set_xlabel("step (dots: the states that were kept)", fontsize=FONT)
+        axes.set_xlim(0, 1.02 * max(10, *group.curves.steps, *kept_steps))
+        _scale(axes, np.hstack([curves[..., i].ravel(), kept[:, i], threshold]))
     if few:
-        lines = figure.axes[0].get_legend_handles_labels()
-        place = {"loc": "outside lower center", "ncols": len(kept)}
-        figure.legend(*lines, **place, frameon=False, fontsize=FONT)
+        place: Any = {"loc": "outside lower center", "ncols": len(names)}
+        figure.legend(lines, names, frameon=False, fontsize=FONT, **place)
     return _png(figure)
 
 
 def _scale(axes: Axes, values: NDArray[np.float64]) -> None:
     """A logarithmic axis of whole decades around `values`, with a place for 0 if one of them is."""
-    finite = values[np.isfinite(values)]
-    positive = finite[finite > 0] if finite.any() else np.ones(1)
-    low, high = np.floor(np.log10(positive.min())), np.ceil(np.log10(positive.max()))
-    bottom, top = 10.0**low, 10.0 ** max(high, low + 1)
-    if (finite == 0).any():
+    positive = values[np.isfinite(values) & (values > 0)]
+    low, high = np.log10([positive.min(), positive.max()]) if positive.size else (0.0, 0.0)
+    bottom, top = 10.0 ** np.floor(low), 10.0 ** max(np.ceil(high), np.floor(low) + 1)
+    if (values == 0).any():
         axes.set_yscale("symlog", linthresh=bottom, linscale=0.5)
-        bottom *= -0.2
+        bottom = -0.2 * bottom
     else:
         axes.set_yscale("log")
     axes.set_ylim(bottom, top)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.tick_params(which="both", labelsize=FONT, color=RULE_COLOUR)
-    axes.tick_params(which="minor", length=0)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.locator_params(axis="x", nbins=8, integer=True, steps=[1, 2, 5, 10])
+    axes.minorticks_off()
+    axes.tick_params(labelsize=FONT, color=RULE_COLOUR)
     axes.grid(color=RULE_COLOUR, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(RULE_COLOUR)
 
 
-def _corner_cell(image: Pixels, corner: CornerResult, target: int, known: dict[int, str]) -> _Cell:
-    whose = "" if corner.label == target else "target "
-    below = [f"ΔS {corner.distance_to_source:.2f}   ΔT {corner.distance_to_target:.2f}"]
+def _corner_cell(image: Pixels, corner: CornerResult, result: Result) -> _Cell:
+    whose = "" if corner.label == result.target.label else "target "
+    below = [f"ΔS {corner.distance_to_source:.2f}, ΔT {corner.distance_to_target:.2f}"]
     if corner.label_8bit != corner.label:
+        known = {seen.label: seen.class_ for seen in (result.source, result.target)}
         below.append(f"as PNG: {known.get(corner.label_8bit, f'class {corner.label_8bit}')}")
-    return _Cell(
-        image,
-        heading=f"corner {corner.index}" + ("" if corner.converged else "*"),
-        above=_lines(corner.class_, whose + _percent(corner.probability)),
-        below=_lines(*below),
-    )
+    name = f"corner {corner.index}" + ("" if corner.converged else "*")
+    above = _cut(name, corner.class_, whose + _percent(corner.probability))
+    return _Cell(image, above, _cut(*below))
 
 
 def _findings(result: Result) -> list[str]:
-    """What the caption of `draw_result` says, one sentence or two to a line."""
+    """What the caption of `draw_result` says of corners and polytope, line by line."""
     spec, polytope, inside = result.provenance.spec, result.polytope, result.interpolation
-    total = len(result.corners)
     failed = Counter(corner.reason for corner in result.corners if not corner.converged)
-    status = f"{spec.model}, {spec.layer}: {total - failed.total()} of {total} corners converged"
+    total = len(result.corners)
+    status = f"{total - failed.total()} of {total} corners converged"
     status += " (by L_pos alone)" if spec.violation_threshold is None else ""
-    reasons = ", ".join(f"{reason} {count}" for reason, count in failed.items())
-    status += f"; not those with * ({reasons})." if failed else "."
-    lines = [f"{status} At most {result.steps:,} steps."]
+    if failed:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in failed.items())
+        status += f", those with * did not ({reasons})"
+    lines = [
+        f"{spec.model}, {spec.layer}: {status}; {result.steps:,} steps at most.",
+        f"Spread {polytope.spread:.3g}: corners lie {polytope.mean_pairwise_distance:.2f} apart on "
+        f"average, {polytope.natural_distance_of} {polytope.natural_distance:.2f}.",
+    ]
     if total == 1:
-        lines.append("One corner spans no polytope: no spread, nothing to interpolate.")
-    else:
+        lines[1] = "One corner spans no polytope: no spread, and nothing to interpolate."
+    elif inside:
+        exact = _with_interval(inside.accuracy, inside.accuracy_interval)
+        rounded = _with_interval(inside.accuracy_8bit, inside.accuracy_interval_8bit)
         lines.append(
-            f"Spread {polytope.spread:.3g}: corners lie {polytope.mean_pairwise_distance:.2f} apart "
-            f"on average, {polytope.natural_distance_of} {polytope.natural_distance:.2f}."
+            f"Of {inside.samples:,} interpolations ({inside.sampler} sampler) {exact} are taken "
+            f"for the target's class; {rounded} once rounded to 8 bits."
         )
-        if inside:
-            accuracy, accuracy_8bit = (
-                f"{_percent(hits)} ({_percent(low)} to {_percent(high)})"
-                for hits, (low, high) in (
-                    (inside.accuracy, inside.accuracy_interval),
-                    (inside.accuracy_8bit, inside.accuracy_interval_8bit),
-                )
-            )
-            lines.append(
-                f"Of {inside.samples:,} interpolations, {accuracy} are taken for the target's "
-                f"class; rounded to 8 bits, {accuracy_8bit}. In brackets: 95 % intervals."
-            )
-    lines.append("ΔS, ΔT: Euclidean distance to source and target, pixels in [0, 1].")
-    return lines
+    explained = "ΔS, ΔT: Euclidean distance to source and target, pixels in [0, 1]."
+    return [*lines, explained, *result.warnings]
 
 
 def _shown(shown: Sized, corners: Sized) -> str:
     return f"Shown: {len(shown)} of {len(corners)} corners." if len(shown) < len(corners) else ""
 
 
-def _clipping(images: Pixels) -> str:
-    low, high = images.min(), images.max()
+def _clipped(images: list[Pixels]) -> str:
+    # To four digits, for a sum of weights may exceed 1 by a rounding.
+    low, high = np.round([np.min(images), np.max(images)], 4)
     if low >= 0 and high <= 1:
         return ""
-    return f"Pixels lie outside [0, 1] ({low:.2f} to {high:.2f}): drawn clipped, as in the PNGs."
+    return f"Pixels lie outside [0, 1] ({low:.4g} to {high:.4g}): drawn clipped, as in the PNGs."
 
 
-def _percent(probability: float) -> str:
-    """With one decimal, but never 0 or 100 for what is only near."""
-    if 0 < probability < 0.0005:
+def _with_interval(share: float, interval: tuple[float, float]) -> str:
+    low, high = map(_percent, interval)
+    return f"{_percent(share)} (95 % interval {low} to {high})"
+
+
+def _percent(share: float) -> str:
+    """With one decimal, but neither 0 nor 100 for what only comes near."""
+    if 0 < share < 0.0005:
         return "<0.1 %"
-    return ">99.9 %" if 0.9995 <= probability < 1 else f"{100 * probability:.1f} %"
+    return ">99.9 %" if 0.9995 <= share < 1 else f"{100 * share:.1f} %"
 
 
-def _lines(*lines: str) -> tuple[str, ...]:
-    """Each cut to the width of a corner's cell."""
-    return tuple(line if len(line) <= 25 else line[:24] + "…" for line in lines)
+def _cut(*lines: str) -> tuple[str, ...]:
+    """`lines`, each cut to the width of a corner's cell."""
+    return tuple(line if len(line) <= LETTERS else line[: LETTERS - 1] + "…" for line in lines)
 
 
-def _sheet(source: _Cell, grid: list[list[_Cell]], target: _Cell, caption: list[str]) -> bytes:
-    """`grid` between `source` and `target`, which stand apart at half its height."""
+def _sheet(
+    source: _Cell,
+    grid: list[list[_Cell]],
+    target: _Cell,
+    caption: list[str],
+    names: Sequence[str] = (),
+) -> bytes:
+    """`grid`, its rows called `names`, between `source` and `target`, at half its height."""
     across = len(grid[0]) + 2
-    pitch = min(MAX_PITCH, (MAX_WIDTH - 2 * (MARGIN + APART)) // across)
-    width = max(MIN_WIDTH, across * pitch + 2 * (MARGIN + APART))
+    pitch = min(MAX_PITCH, (MAX_WIDTH - 2 * (MARGIN + APART)) // across, MAX_HEIGHT // len(grid))
+    page_width = max(MIN_WIDTH, across * pitch + 2 * (MARGIN + APART))
     scale = (pitch - GAP) / max(source.image.shape[1:])
-    scale = scale if scale < 1 else int(scale)
-    height, breadth = (round(side * scale) for side in source.image.shape[1:])
-    inset = (pitch - breadth) // 2
-    left = (width - across * pitch) // 2 + inset
+    scale = scale if scale < 1 else int(scale)  # so that pixels stay squares of one size
+    height, width = (max(1, round(side * scale)) for side in source.image.shape[1:])
+    left = (page_width - across * pitch) // 2 + (pitch - width) // 2
 
-    bottom, tops = MARGIN, []
+    placed, tops, y = list[tuple[_Cell, int, int]](), list[int](), MARGIN
     for row in grid:
-        level = [*row, source, target] if len(grid) == 1 else row
-        tops.append(bottom + LINE * max(bool(cell.heading) + len(cell.above) for cell in level))
-        bottom = tops[-1] + height + LINE * max(len(cell.below) for cell in level) + GAP
+        tops.append(y + LINE * max(len(cell.above) for cell in row))
+        placed += [(cell, left + pitch * j, tops[-1]) for j, cell in enumerate(row, 1)]
+        y = tops[-1] + height + LINE * max(len(cell.below) for cell in row) + 2 * GAP
     middle = (tops[0] + tops[-1]) // 2
-    placed = [
-        (source, left - APART, middle),
-        *((cell, left + pitch * j, top) for row, top in zip(grid, tops, strict=True) for j, cell in enumerate(row, 1)),
-        (target, left + pitch * (across - 1) + APART, middle),
-    ]
-    characters = int((width - 2 * MARGIN) / CHARACTER)
-    lines = [line for text in caption for line in textwrap.wrap(text, characters)]
+    placed.append((source, left - APART, middle))
+    placed.append((target, left + pitch * (across - 1) + APART, middle))
+    letters = int((page_width - 2 * MARGIN) / LETTER)
+    caption = [*caption, _clipped([cell.image for cell, _, _ in placed])]
+    lines = [line for text in caption for line in textwrap.wrap(text, letters)]
+    page_height = y + LINE * len(lines) + MARGIN
 
-    figure = _figure(width, bottom + LINE * len(lines) + MARGIN)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(figure.bbox.height, 0))
+    figure = Figure((page_width / DPI, page_height / DPI))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, page_width), ylim=(page_height, 0))
     axes.axis("off")
-    for cell, x, y in placed:
-        _draw(axes, cell, x, y, breadth, height)
-    _write(axes, MARGIN, bottom, lines, va="top")
+    for cell, x, top in placed:
+        _draw(axes, cell, x, top, width, height)
+    for name, top in zip(names, tops, strict=False):
+        where = left + pitch - 8, top + height / 2 - LINE
+        _write(axes, *where, [name], ha="right", va="center", rotation=90)
+    _write(axes, MARGIN, y, lines)
     return _png(figure)
 
 
 def _draw(axes: Axes, cell: _Cell, x: int, y: int, width: int, height: int) -> None:
-    """`cell` with its image at `x`, `y` (from the top) on axes whose unit is a pixel."""
-    rgb = np.broadcast_to(to_8bit(cell.image).transpose(1, 2, 0), (*cell.image.shape[1:], 3))
-    how = "nearest" if height >= len(rgb) else "antialiased"
-    axes.imshow(rgb, extent=(x, x + width, y + height, y), interpolation=how, aspect="auto")
-    ...
+    """`cell`, the top left of its image at `x`, `y`, on axes whose unit is a pixel."""
+    rows, columns = cell.image.shape[1:]
+    rgb = np.broadcast_to(to_8bit(cell.image).transpose(1, 2, 0), (rows, columns, 3))
+    how = "nearest" if height >= rows else "antialiased"
+    axes.imshow(rgb, extent=(x, x + width, y + height, y), aspect="auto", interpolation=how)
+    frame = (x - 1, y - 1), width + 2, height + 2
+    axes.add_patch(Rectangle(*frame, fill=False, linewidth=2, edgecolor=cell.colour))
+    centre, above = x + width / 2, y - 5 - LINE * len(cell.above)
+    _write(axes, centre, above, cell.above[:1], ha="center", weight="bold")
+    _write(axes, centre, above + LINE, cell.above[1:], ha="center")
+    _write(axes, centre, y + height + 3, cell.below, ha="center")
 
 
-def _figure(width: int, height: int, layout: Literal["constrained"] | None = None) -> Figure:
-    return Figure((width / DPI, height / DPI), dpi=DPI, layout=layout)
+def _write(axes: Axes, x: float, y: float, lines: Sequence[str], **style: Any) -> None:
+    """`lines` downwards from `y`; what is not plain stays as it is."""
+    for i, line in enumerate(lines, 1):
+        axes.text(x, y + LINE * i - 4, line, parse_math=False, fontsize=FONT, **style)
 
 
 def _png(figure: Figure) -> bytes:

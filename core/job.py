@@ -138,7 +138,11 @@ def prepare(
         losses = Losses.of_plain(goal, spec.corners, alpha=spec.alpha)
     else:
         losses = Losses.of_corners(
-            goal, _chosen(units, goal), alpha=spec.alpha, beta=spec.beta, negative=spec.negative
+            goal,
+            _chosen(units, goal),
+            alpha=spec.alpha,
+            beta=_beta(spec, goal),
+            negative=spec.negative,
         )
     group = Group(
         key=key,
@@ -226,6 +230,13 @@ def _chosen(units: list[tuple[int, ...]], goal: Target) -> Tensor:
     for corner, own in enumerate(units):
         chosen[corner, list(own)] = True
     return chosen.to(goal.pre.device)
+
+
+def _beta(spec: CollisionSpec, goal: Target) -> float:
+    if not isinstance(spec.beta, Relative):
+        return spec.beta
+    active = max(1, int(goal.active.sum()))
+    return spec.beta.relative * spec.alpha * math.sqrt(goal.energy / active)
 
 
 def _absolute(threshold: Threshold | None, goal: Target) -> float:

@@ -10,6 +10,8 @@ from core.errors import UnknownName
 Unit = Annotated[int, Field(ge=0, lt=2**31)]
 UnitSet = Annotated[list[Unit], Field(min_length=1, max_length=4096)]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.()#:+-]+$")]
+# ImageNet's classes have spaces and apostrophes in their names.
+ClassName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Loss = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 # Clopper-Pearson at 100 000 already resolves 3 in 100 000; more only fills disks.
@@ -23,7 +25,11 @@ class Strict(BaseModel):
 
 
 class Relative(Strict):
-    """A threshold as a fraction of the target's feature energy, the squared norm of f(t)."""
+    """A number in units of the target's own features, so that it suits networks of any scale.
+
+    For a threshold the unit is the target's feature energy ||f(t)||^2, for beta it is alpha times
+    the root mean square of f'(t) over active units.
+    """
 
     relative: Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)]
 
@@ -61,7 +67,7 @@ class CollisionSpec(Strict):
         description="A layer that `polycollide layers` lists: a module's path, `#1` behind it for "
         "the second call of a module that runs twice."
     )
-    target_class: Name | None = Field(
+    target_class: ClassName | None = Field(
         None,
         description="The class, by name or index, that the target must have: a job whose target "
         "the network takes for something else is refused.",
@@ -82,7 +88,7 @@ class CollisionSpec(Strict):
         "or a list with one entry a corner.",
     )
     alpha: float = Field(1.0, gt=0, le=1e9, description="Weight of L_pos.")
-    beta: Weight = Field(0.1, description="Weight of L_neg.")
+    beta: Weight | Relative = Field(Relative(relative=1.0), description="Weight of L_neg.")
     gamma: Weight = Field(0.0, description="Weight of the total variation (patches only).")
     negative: Literal["absolute", "hinge"] = Field(
         "hinge",
@@ -125,10 +131,10 @@ class CollisionSpec(Strict):
     @model_validator(mode="before")
     @classmethod
     def _from_preset(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("preset") is None:
+        if not isinstance(data, dict) or not isinstance(data.get("preset"), str):
             return data
         if data["preset"] not in PRESETS:
-            raise ValueError(str(UnknownName("preset", str(data["preset"]), PRESETS)))
+            raise ValueError(str(UnknownName("preset", data["preset"], PRESETS)))
         return PRESETS[data["preset"]] | data
 
     @model_validator(mode="after")

@@ -152,8 +152,8 @@ def open_tap(normalize: nn.Module, network: nn.Module, name: str, probe: Tensor)
     if layer.producer and name != layer.names[-1] and not _all_clipped(network, normalized, layer):
         raise UntappableLayer(
             f"What layer {name!r} gives is clipped in one place and used as it is in another, "
-            f"so its activations do not decide what follows; "
-            f"take {_near(name, [other for other in layers if other != layer])}."
+            "so its activations do not decide what follows; "
+            + _advice(name, [other for other in layers if other != layer])
         )
     return Tap(normalize, network, layer)
 
@@ -189,7 +189,10 @@ def mixes(tap: Tap, probes: Tensor) -> bool:
         mixed = tap.observe_mixtures(probes, weights)
     except RuntimeError:  # the network remembers the size of the batch that came in
         return False
-    return all(_relative_error(m, p) < ROUNDING for m, p in zip(mixed, plain, strict=True))
+    return all(
+        m.shape == p.shape and _relative_error(m, p) < ROUNDING
+        for m, p in zip(mixed, plain, strict=True)
+    )
 
 
 _Actions = Mapping[int, Callable[[Tensor], Tensor]]
@@ -329,7 +332,8 @@ def _recorder() -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
 _CLIP_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 _RELUS = {functional.relu, functional.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _HARDTANHS = {functional.hardtanh, functional.hardtanh_}
-_CLAMPS = {torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_, torch.clip, Tensor.clip}
+_CLAMPS = {torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_}
+_CLAMPS |= {torch.clip, torch.clip_, Tensor.clip, Tensor.clip_}
 _CLAMP_MINS = {torch.clamp_min, torch.clamp_min_, Tensor.clamp_min, Tensor.clamp_min_}
 _CLIPS = {*_RELUS, functional.relu6, *_HARDTANHS, *_CLAMPS, *_CLAMP_MINS}
 
@@ -379,10 +383,10 @@ def _no_such_layer(
     if name.partition("#")[0] not in dict(network.named_modules()):
         return UnknownName("layer", name, [n for layer in layers for n in layer.names])
     return UntappableLayer(
-        f"Layer {name!r} is not followed by ReLU or ReLU6; "
-        + (f"take {_near(name, layers)}." if layers else "the network has no such layer at all.")
+        f"Layer {name!r} is not followed by ReLU or ReLU6; {_advice(name, layers)}"
     )
 
 
-def _near(name: str, layers: list[Layer]) -> str:
-    return " or ".join(map(repr, get_close_matches(name, [la.name for la in layers], 3, 0.0)))
+def _advice(name: str, layers: list[Layer]) -> str:
+    near = get_close_matches(name, [layer.name for layer in layers], 3, 0.0)
+    return f"take {' or '.join(map(repr, near))}." if near else "there is none to take instead."

@@ -3,6 +3,7 @@
 import json as jsonlib
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 import typer
 from pydantic import ValidationError
-from rich.console import Console
+from rich import box
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -66,7 +68,7 @@ def run(
 
 def models() -> None:
     """Prints the registry."""
-    table = Table("model", "weights", "input", "classes", "origin", "weights here")
+    table = listing("model", "weights", "input", "classes", "origin", "here")
     with in_one_sentence():
         for listed in registry.listed():
             shape = " x ".join(map(str, listed.input_shape)) if listed.input_shape else ""
@@ -89,9 +91,8 @@ def layers(model: str, weights: str | None, target: str | None, *, device: str |
             image = torch.from_numpy(loaded.pixels)[None].to(references)
         normalize, network = opened.classifier.normalize, opened.classifier.network
         listed = tappable(network, normalize(image))
-        table = Table("layer", "shape", "units", "cut")
-        if target:
-            table = Table("layer", "shape", "units", "cut", "active", "dimension at most")
+        columns = ("active", "dimension at most") if target else ()
+        table = listing("layer", "shape", "units", "cut", *columns)
         with Progress(console=aside, transient=True) as bar:
             for layer in bar.track(listed, description="layers"):
                 tap = Tap(normalize, network, layer)
@@ -184,18 +185,17 @@ def show(result: Result) -> None:
     """Prints a result as tables."""
     target = result.target
     probability = f"P({target.class_})"
-    table = Table("corner", "unit", "steps", "L_pos", "violation", "seen as", probability, "8-bit")
-    for name in ("to source", "to target"):
-        table.add_column(name)
-    for column in table.columns:
-        column.justify = "right"
+    table = listing(
+        *("#", "unit", "steps", "L_pos", "violation", "label", probability, "8-bit"),
+        *("to source", "to target"),
+        justify="right",
+    )
     for c in result.corners:
         unit = "" if c.unit is None else str(c.unit)
-        mark = "" if c.converged else f" ({c.reason})"
         table.add_row(
             str(c.index),
             unit,
-            f"{c.steps}{mark}",
+            f"{c.steps}",
             f"{c.l_pos:.3g}",
             f"{c.violation:.3g}",
             c.class_,
@@ -213,6 +213,14 @@ def show(result: Result) -> None:
         console.print(f"[yellow]Warning:[/] {warning}")
 
 
+def listing(*columns: str, justify: JustifyMethod = "left") -> Table:
+    """An open table whose long words are folded rather than cut."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify=justify, overflow="fold")
+    return table
+
+
 def _facts(result: Result) -> Iterator[tuple[str, str]]:
     source, target, polytope = result.source, result.target, result.polytope
     yield "source", f"{source.class_} (probability {source.probability:.4f})"
@@ -220,8 +228,8 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
     if result.converged:
         yield "converged", f"every corner, in {result.steps} steps and {result.seconds:.2f} s"
     else:
-        left = sum(not c.converged for c in result.corners)
-        yield "converged", f"no: {left} of {len(result.corners)} corners are above a threshold"
+        ends = Counter(c.reason for c in result.corners)
+        yield "converged", "no: " + ", ".join(f"{count} {reason}" for reason, count in ends.items())
     yield (
         "spread",
         f"{polytope.spread:.3f} = mean pairwise distance {polytope.mean_pairwise_distance:.3f} / "

@@ -1,0 +1,36 @@
+# `make demo` and `make test` are all the set-up there is: each makes .venv when it is missing or
+# older than pyproject.toml.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)
+	$(BIN)/polycollide run --source sample:mnist/3-0 --target sample:mnist/7-0 --preset paper-mnist --out demo
+	$(BIN)/polycollide reproduce table1
+
+test: $(READY)
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(BIN)/python benchmarks/engine_step.py
+	$(BIN)/python benchmarks/mnist_jobs.py
+	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/peers.py
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("polycollide needs Python 3.11 or newer; set PYTHON." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[core,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo
