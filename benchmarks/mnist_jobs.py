@@ -1,4 +1,4 @@
-"""Whole MNIST jobs at the paper's setting: corners together or one by one, jobs together or one by one.
+"""Whole MNIST jobs at the paper's setting: corners, and jobs, together or one by one.
 
 The plain loop (`subjects.HandLoop` with one row) stops each corner at its own threshold, looked at
 as often as the engine looks. Times run from images in memory to finished corners and leave out the

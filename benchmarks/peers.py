@@ -1,4 +1,4 @@
-"""The engine against ART's FeatureAdversariesPyTorch and plenoptic's Metamer: same problem, same Adam.
+"""The engine against ART's FeatureAdversariesPyTorch and plenoptic's Metamer: same Adam.
 
 Five photographs are each brought to the activations of another at SqueezeNet's
 `features.12.squeeze`, by Adam at one rate for equal steps, from the same pixels: equation 1, which
@@ -12,8 +12,9 @@ own ways inside the loop:
   keeps pixels near [0, 1] by its default penalty and takes norms of the image at every step.
 - The engine clamps to [0, 1] and looks at its losses every tenth step.
 
-Time to a residual, ||f(x) - f(t)|| / ||f(t)|| averaged over the images, comes from the same runs:
-an Adam that notes the pixels every tenth step serves both peers, snapshots serve the engine.
+Time to a residual, ||f(x) - f(t)|| / ||f(t)|| averaged over the images, is the steps that one long
+run of each takes to it times the median step of the short runs in turn, which noise spares.
+An Adam that notes time and pixels every tenth step serves both peers, snapshots serve the engine.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ import torch
 from art.attacks.evasion import FeatureAdversariesPyTorch
 from art.estimators.classification import PyTorchClassifier
 from subjects import Net, squeezenet
-from timing import Floats, Report, console, duration, quartiles, quick_asked, table
+from timing import Floats, Report, console, duration, quick_asked, table
 from torch import Tensor, nn
 
 from core.engine import STRIDE, Engine, Group
@@ -154,52 +155,42 @@ def main() -> None:
     net = squeezenet()
     photos = net.photos(IMAGES + 1)
     sources, targets = photos[:IMAGES], photos[1:]
-    steps, turns = (20, 1) if quick else (100, 3)
-    runs: dict[str, Callable[[Net, Tensor, Tensor, int], Trail]] = {
-        "engine": engine,
-        "ART": art,
-        "plenoptic": metamer,
+    step = _steps(net, sources, targets, turns=2 if quick else 12)
+    long_runs = {
+        name: run(net, sources, targets, 20 if quick else 100) for name, run in RUNS.items()
     }
-    trails: dict[str, list[Trail]] = {name: [] for name in runs}
-    for _ in range(turns):
-        for name, run in runs.items():
-            trails[name].append(run(net, sources, targets, steps))
-    _show_steps(net, trails)
-    _show_residuals(net, trails, targets)
+    _show_residuals(net, long_runs, targets, step)
 
 
-def _show_steps(net: Net, trails: dict[str, list[Trail]]) -> None:
-    """Times between notes, tenth step to tenth step, over all turns."""
+def _steps(net: Net, sources: Tensor, targets: Tensor, turns: int) -> dict[str, float]:
+    """Prints and gives seconds a step, from short runs in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in RUNS}
+    for turn in range(turns):
+        for name in RUNS if turn % 2 == 0 else reversed(RUNS):
+            (first, _), (second, _) = RUNS[name](net, sources, targets, STRIDE)
+            seconds[name].append((second - first) / STRIDE)
+    taken = {name: np.array(values) for name, values in seconds.items()}
     report = Report(f"A step at five images, {net.title}", "peer", "engine")
-    between = {
-        name: np.concatenate([np.diff([seconds for seconds, _ in trail]) for trail in turns])
-        for name, turns in trails.items()
-    }
-    for name in ("ART", "plenoptic"):
-        report.add(name, between[name], between["engine"], (">=", 1.0), per=STRIDE)
+    for name in PEERS:
+        report.add(name, taken[name], taken["engine"], (">=", 1.0))
     report.show()
+    return {name: float(np.median(values)) for name, values in taken.items()}
 
 
-def _show_residuals(net: Net, trails: dict[str, list[Trail]], targets: Tensor) -> None:
+def _show_residuals(
+    net: Net, trails: dict[str, Trail], targets: Tensor, step: dict[str, float]
+) -> None:
     """When each first was under residuals that all of them reach."""
     tap = net.tap()
-    courses = {name: _course(tap, turns[0], targets) for name, turns in trails.items()}
+    courses = {name: _course(tap, trail, targets) for name, trail in trails.items()}
     worst = max(course.min() for course in courses.values())
     first = max(course[0] for course in courses.values())
-    made = table(
-        "Time to the same residual", "residual", *trails, "ART / engine", "plenoptic / engine"
-    )
+    made = table("Time to the same residual", "residual", *RUNS, *(f"{n} / engine" for n in PEERS))
     for goal in (np.sqrt(first * worst), worst):
-        taken = {
-            name: np.array([_time_to(goal, courses[name], trail) for trail in turns])
-            for name, turns in trails.items()
-        }
-        cells = [
-            f"{duration(np.median(taken[n]))}, {_steps_to(goal, courses[n])} steps" for n in taken
-        ]
-        ratios = [
-            quartiles(taken[n] / taken["engine"], "{:.2f}".format) for n in ("ART", "plenoptic")
-        ]
+        steps = {name: STRIDE * int(np.argmax(courses[name] <= goal)) for name in RUNS}
+        taken = {name: steps[name] * step[name] for name in RUNS}
+        cells = [f"{duration(taken[name])}, {steps[name]} steps" for name in RUNS]
+        ratios = [f"{taken[name] / taken['engine']:.2f}" for name in PEERS]
         made.add_row(f"{goal:.3f}", *cells, *ratios)
     console.print(made)
 
@@ -215,12 +206,12 @@ def _course(tap: Any, trail: Trail, targets: Tensor) -> Floats:
     return torch.stack(missed).mean(1).double().numpy()
 
 
-def _steps_to(goal: float, course: Floats) -> int:
-    return STRIDE * int(np.argmax(course <= goal))
-
-
-def _time_to(goal: float, course: Floats, trail: Trail) -> float:
-    return trail[_steps_to(goal, course) // STRIDE][0]
+RUNS: dict[str, Callable[[Net, Tensor, Tensor, int], Trail]] = {
+    "engine": engine,
+    "ART": art,
+    "plenoptic": metamer,
+}
+PEERS = ("ART", "plenoptic")
 
 
 if __name__ == "__main__":

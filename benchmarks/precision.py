@@ -1,4 +1,4 @@
-"""bfloat16 against float32 on networks of a usual size: time of a step, and what becomes of corners.
+"""bfloat16 against float32 on networks of a usual size: time of a step, and its corners.
 
 Both run the same engine on the same job for the same steps; bfloat16 runs a copy of the network,
 pixels and losses stay in float32. What both have found is then measured by the float32 network, as

@@ -89,7 +89,7 @@ def squeezenet() -> Net:
     if file.is_file():
         network.load_state_dict(load_file(file))
         network.classifier[1].padding = (1, 1)
-        normalize, weights = CAFFE, "published weights, two thirds of them zero"
+        normalize, weights = CAFFE, "published weights"
     model = _imagenet_model("squeezenet1_0", network, normalize, 227)
 
     def forward(x: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def layers(model: str, weights: str | None, target: str | None, *, device: str |
         listed = tappable(network, normalize(image))
         columns = ("active", "dimension at most") if target else ()
         table = listing("layer", "shape", "units", "cut", *columns)
-        with Progress(console=aside, transient=True) as bar:
+        with Progress(console=aside, transient=True, disable=not aside.is_terminal) as bar:
             for layer in bar.track(listed, description="layers"):
                 tap = Tap(normalize, network, layer)
                 row = _layer_row(tap, references)
@@ -269,6 +269,7 @@ def progress_bar(spec: CollisionSpec) -> Iterator[Callable[[Group], None]]:
         TimeElapsedColumn(),
         console=aside,
         transient=True,
+        disable=not aside.is_terminal,
     ) as bar:
         task = bar.add_task("", total=spec.max_steps, worst="", left="", rate="")
         began = time.perf_counter()

@@ -94,7 +94,7 @@ def _results(name: str, pairs: int, device: torch.device) -> list[Result]:
     for prepared in jobs.values():
         engine.admit(prepared.group)
     results: dict[str, Result] = {}
-    with Progress(console=aside, transient=True) as bar:
+    with Progress(console=aside, transient=True, disable=not aside.is_terminal) as bar:
         task = bar.add_task(name, total=len(jobs))
         while len(results) < len(jobs):
             for group in engine.advance():
@@ -148,7 +148,7 @@ TABLE1 = [
     Row("distance apart", "1.28", _mean(lambda r: r.polytope.mean_pairwise_distance)),
     Row("of MNIST images", "10.21", lambda rs: f"{rs[0].polytope.natural_distance:.2f}"),
     Row("spread", "0.125", _mean(lambda r: r.polytope.spread, 3)),
-    Row("mixtures collide", "100 %", FLOATS[0]),
+    Row("colliding", "100 %", FLOATS[0]),
     Row("  interval", "", FLOATS[1]),
     Row("  in 8 bits", "", EIGHT_BITS[0]),
     Row("  interval", "", EIGHT_BITS[1]),
@@ -159,7 +159,7 @@ TABLE1 = [
     Row("violation", "", _mean(_of_corners("violation"))),
     Row("to source", "", _mean(_of_corners("distance_to_source"))),
     Row("to target", "", _mean(_of_corners("distance_to_target"))),
-    Row("ball collides", "", BALL[0]),
+    Row("ball colliding", "", BALL[0]),
     Row("  interval", "", BALL[1]),
 ]
 

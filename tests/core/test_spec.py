@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -286,6 +287,7 @@ def specs(draw: st.DrawFn) -> CollisionSpec:
     return CollisionSpec.model_validate(settings)
 
 
+@hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(specs())
 def test_a_spec_survives_being_written_and_read(spec: CollisionSpec) -> None:
     dumped, text = spec.model_dump(), spec.model_dump_json()

@@ -1,0 +1,5 @@
+"""`python -m polycollide`."""
+
+from polycollide.cli import main
+
+main()

@@ -1,0 +1,306 @@
+"""Whole jobs: what the result says is checked against a second computation in float64."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from scipy.spatial.distance import pdist
+
+from core import images, job
+from core.errors import InvalidSpec, UnknownName, UntappableLayer
+from core.models import ASSETS
+from core.spec import CollisionSpec
+
+CPU = torch.device("cpu")
+
+
+def subject_of(**settings) -> tuple[CollisionSpec, job.Subject]:
+    spec = CollisionSpec.model_validate({"preset": "paper-mnist"} | settings)
+    return spec, job.Subject.open(spec, CPU)
+
+
+def digit(subject: job.Subject, name: str) -> images.Loaded:
+    return images.load(*images.read(f"sample:mnist/{name}"), subject.model.preprocessing)
+
+
+def run(source: str = "3-0", target: str = "7-0", **settings) -> tuple[job.Job, job.Outcome]:
+    spec, subject = subject_of(**settings)
+    return job.run(subject, spec, digit(subject, source), digit(subject, target))
+
+
+@pytest.fixture(scope="module")
+def paper() -> tuple[job.Job, job.Outcome]:
+    return run()
+
+
+def mlp_by_hand(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """f' of fc1 and the class probabilities of mnist-mlp, in float64."""
+    w = {k: v.astype(np.float64) for k, v in load_file(ASSETS / "mnist-mlp.safetensors").items()}
+    pre = pixels.reshape(len(pixels), -1).astype(np.float64) @ w["fc1.weight"].T + w["fc1.bias"]
+    hidden = np.maximum(np.maximum(pre, 0) @ w["fc2.weight"].T + w["fc2.bias"], 0)
+    logits = hidden @ w["fc3.weight"].T + w["fc3.bias"]
+    odds = np.exp(logits - logits.max(1, keepdims=True))
+    return pre, odds / odds.sum(1, keepdims=True)
+
+
+def test_the_papers_setting_collides_everywhere_and_in_8_bits(paper):
+    _, outcome = paper
+    result = outcome.result
+    assert result.converged
+    assert result.cut
+    assert (result.source.class_, result.target.class_) == ("3", "7")
+    assert len(result.corners) == 5
+    assert all(corner.l_pos < 5 for corner in result.corners)
+    assert result.interpolation.samples == 2000
+    assert result.interpolation.accuracy == result.interpolation.accuracy_8bit == 1
+    for mean in (result.interpolation.mean_probability, result.interpolation.mean_probability_8bit):
+        assert mean == pytest.approx(result.target.probability, abs=0.01)
+
+
+def test_pixels_stay_valid_where_that_is_asked(paper):
+    _, outcome = paper
+    assert outcome.corners.min() >= 0
+    assert outcome.corners.max() <= 1
+    free = run(pixel_range="free", ball_samples=100)[1].corners
+    assert free.min() < 0
+
+
+def test_every_number_of_a_corner_is_that_of_a_float64_computation(paper):
+    done, outcome = paper
+    source, target = done.source.pixels, done.target.pixels
+    pre, probability = mlp_by_hand(outcome.corners)
+    goal, _ = mlp_by_hand(target[None])
+    rounded = np.round(outcome.corners.clip(0, 1) * 255) / 255
+    _, probability_8bit = mlp_by_hand(rounded)
+    active = goal[0] >= 0
+    first_inactive = np.flatnonzero(~active)
+    for i, corner in enumerate(outcome.result.corners):
+        assert corner.unit == first_inactive[i]
+        others = ~active
+        others[corner.unit] = False
+        f, f_t = np.maximum(pre[i], 0), np.maximum(goal[0], 0)
+        expected = {
+            "l_pos": ((pre[i] - goal[0])[active] ** 2).sum(),
+            "l_neg": pre[i][corner.unit] + np.abs(pre[i][others]).sum(),
+            "violation": (f[~active] ** 2).sum(),
+            "relative_residual": np.linalg.norm(f - f_t) / np.linalg.norm(f_t),
+            "label": probability[i].argmax(),
+            "probability": probability[i][7],
+            "label_8bit": probability_8bit[i].argmax(),
+            "probability_8bit": probability_8bit[i][7],
+            "distance_to_source": np.linalg.norm(outcome.corners[i] - source),
+            "distance_to_target": np.linalg.norm(outcome.corners[i] - target),
+        }
+        for name, value in expected.items():
+            assert getattr(corner, name) == pytest.approx(value, rel=1e-4), name
+        ratio = expected["distance_to_source"] / expected["distance_to_target"]
+        assert corner.distance_ratio == pytest.approx(ratio, rel=1e-5)
+    assert outcome.result.layer.active == (goal > 0).sum()
+
+
+def test_the_polytope_is_measured_as_a_float64_computation_measures_it(paper):
+    _, outcome = paper
+    result = outcome.result
+    distances = pdist(outcome.corners.reshape(5, -1).astype(np.float64))
+    assert result.polytope.mean_pairwise_distance == pytest.approx(distances.mean(), rel=1e-9)
+    natural = json.loads((ASSETS / "natural_distance.json").read_text())[0]["distance"]
+    assert result.polytope.spread == pytest.approx(distances.mean() / natural, rel=1e-9)
+    weights = outcome.samples.weights
+    mixtures = np.tensordot(weights, outcome.corners.astype(np.float64), 1)
+    for suffix, pixels in (("", mixtures), ("_8bit", np.round(mixtures * 255) / 255)):
+        _, probability = mlp_by_hand(pixels)
+        recorded = outcome.samples.arrays()[f"probability{suffix}"]
+        # In 8 bits a mixture on the edge between two values may be rounded either way.
+        assert recorded == pytest.approx(probability[:, 7], abs=1e-5 if not suffix else 1e-3)
+        seen = result.interpolation.model_dump()[f"accuracy{suffix}"]
+        assert seen == (probability.argmax(1) == 7).mean()
+        mean = result.interpolation.model_dump()[f"mean_probability{suffix}"]
+        assert mean == pytest.approx(recorded.mean())
+
+
+def test_the_same_job_gives_the_same_result_twice(paper):
+    _, outcome = run()
+    assert np.array_equal(outcome.corners, paper[1].corners)
+    times = {"seconds", "measuring_seconds"}
+    assert outcome.result.model_dump(exclude=times) == paper[1].result.model_dump(exclude=times)
+
+
+def test_a_seed_changes_the_samples_only():
+    one, other = (run(seed=seed, ball_samples=0)[1] for seed in (0, 1))
+    assert np.array_equal(one.corners, other.corners)
+    assert not np.array_equal(one.samples.weights, other.samples.weights)
+
+
+def test_a_result_survives_json(paper):
+    result = paper[1].result
+    text = result.model_dump_json()
+    assert type(result).model_validate_json(text) == result
+    assert json.loads(text)["target"]["class"] == "7"
+    assert json.loads(text)["provenance"]["spec"]["preset"] == "paper-mnist"
+
+
+def test_samples_and_ball_can_be_left_out():
+    outcome = run(interpolation={"samples": 0}, ball_samples=0)[1]
+    assert outcome.result.interpolation is None
+    assert outcome.result.ball is None
+    assert outcome.samples is None
+
+
+def test_the_ball_has_the_distance_of_the_nearest_corner_as_its_radius(paper):
+    corners = paper[1].corners.astype(np.float64).reshape(5, -1)
+    nearest = np.linalg.norm(corners - corners.mean(0), axis=1).min()
+    assert paper[1].result.ball.radius == pytest.approx(nearest, rel=1e-4)
+
+
+def test_defaults_reach_both_thresholds_on_every_shipped_layer():
+    for model, layer in (("mnist-mlp", "fc1"), ("mnist-mlp", "fc2"), ("mnist-cnn", "fc1")):
+        done, outcome = run(preset=None, model=model, layer=layer, ball_samples=0)
+        assert outcome.result.converged, (model, layer)
+        for corner in outcome.result.corners:
+            assert corner.l_pos < 0.01 * done.goal.energy * 1.001
+            assert corner.violation < 0.01 * done.goal.energy * 1.001
+
+
+def test_a_threshold_out_of_reach_leaves_the_best_state_and_says_so():
+    done, outcome = run(l_pos_threshold=1e-6, max_steps=60)
+    assert not outcome.result.converged
+    assert {c.reason for c in outcome.result.corners} == {"max_steps"}
+    start, _ = mlp_by_hand(done.source.pixels[None])
+    goal, _ = mlp_by_hand(done.target.pixels[None])
+    untouched = ((start - goal)[goal >= 0] ** 2).sum()
+    assert all(corner.l_pos < untouched / 10 for corner in outcome.result.corners)
+
+
+def test_a_job_told_to_stop_is_measured_where_it_is():
+    spec, subject = subject_of(l_pos_threshold=1e-6)
+    pair = digit(subject, "3-0"), digit(subject, "7-0")
+    _, outcome = job.run(subject, spec, *pair, should_stop=lambda: True)
+    assert {corner.reason for corner in outcome.result.corners} == {"stopped"}
+    assert outcome.result.interpolation.samples == 2000
+
+
+def test_progress_is_told_between_strides():
+    spec, subject = subject_of()
+    told = []
+    pair = digit(subject, "3-0"), digit(subject, "7-0")
+    job.run(subject, spec, *pair, on_progress=lambda g: told.append((g.age, g.latest[:, 0].max())))
+    ages, worst = zip(*told, strict=True)
+    assert list(ages[:3]) == [10, 20, 30]
+    assert worst[0] > worst[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"model": "mnist-mpl"}, UnknownName, "did you mean 'mnist-mlp'"),
+        ({"layer": "fc11"}, UnknownName, "did you mean 'fc1'"),
+        ({"layer": "fc3"}, UntappableLayer, "not followed by ReLU"),
+        ({"target_class": "8"}, InvalidSpec, "takes it for '7'"),
+        ({"target_class": "seven"}, UnknownName, "There is no class 'seven'"),
+        ({"corners": 256}, InvalidSpec, r"has \d+ inactive units .* too few for 256"),
+        ({"units": [256], "corners": 1}, InvalidSpec, "There is no unit 256"),
+    ],
+)
+def test_a_job_that_cannot_be_is_refused_with_what_to_do(settings, error, message):
+    with pytest.raises(error, match=message):
+        run(**settings)
+
+
+def test_an_active_unit_is_refused(paper):
+    active = int(torch.nonzero(paper[0].goal.active)[0])
+    with pytest.raises(InvalidSpec, match=f"Unit {active} is active .* list inactive units"):
+        run(units=[active, 0, 5, 6, 7])
+
+
+def test_source_equal_to_target_is_refused():
+    with pytest.raises(InvalidSpec, match="same image; give two different"):
+        run("3-0", "3-0")
+
+
+def test_the_target_class_may_be_given_by_name_or_number():
+    assert run(target_class="7", corners=1, ball_samples=0)[1].result.target.label == 7
+
+
+def test_an_image_of_another_size_is_resized_and_the_result_says_so(tmp_path):
+    spec, subject = subject_of(ball_samples=0)
+    big = np.kron(digit(subject, "3-0").pixels[0], np.ones((3, 3)))[None]
+    loaded = images.load("big.png", images.to_png(big), subject.model.preprocessing)
+    _, outcome = job.run(subject, spec, loaded, digit(subject, "7-0"))
+    assert len(outcome.result.notes) == 1
+    assert "big.png" in outcome.result.notes[0]
+    assert "84" in outcome.result.notes[0]
+
+
+def test_equation_1_gives_one_image_and_says_so():
+    _, outcome = run(objective="plain", corners=3, max_steps=100)
+    assert "all corners are the same image" in outcome.result.warnings[0]
+    assert outcome.result.polytope.mean_pairwise_distance == 0
+    assert all(corner.unit is None for corner in outcome.result.corners)
+
+
+def test_tf32_on_a_cpu_runs_in_fp32_and_says_so():
+    _, outcome = run(precision="tf32", ball_samples=0)
+    assert "ran in fp32" in outcome.result.warnings[0]
+    assert outcome.result.provenance.precision == "fp32"
+
+
+BRANCHY = """
+import torch
+from torch import nn
+
+class Branchy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.top = nn.Linear(48, 9), nn.Linear(48, 9), nn.Linear(18, 4)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.top(torch.cat([self.left(x).relu(), self.right(x).relu()], 1).relu())
+"""
+
+
+@pytest.fixture
+def branchy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network whose branches are no cuts, its joint is one; registered as an operator would."""
+    import hashlib
+
+    from safetensors.torch import save_file
+
+    namespace: dict[str, type] = {}
+    exec(BRANCHY, namespace)
+    torch.manual_seed(0)
+    weights = tmp_path / "branchy.safetensors"
+    save_file(namespace["Branchy"]().state_dict(), weights)
+    (tmp_path / "branchy_net.py").write_text(BRANCHY)
+    (tmp_path / "models.toml").write_text(
+        f"""[[models]]
+        name = "branchy"
+        factory = "branchy_net:Branchy"
+        weights = "branchy.safetensors"
+        sha256 = "{hashlib.sha256(weights.read_bytes()).hexdigest()}"
+        classes = ["a", "b", "c", "d"]
+        [models.preprocessing]
+        crop = 4
+        """
+    )
+    monkeypatch.setenv("POLYCOLLIDE_MODELS", str(tmp_path / "models.toml"))
+
+
+@pytest.mark.usefixtures("branchy")
+@pytest.mark.parametrize(("layer", "cut"), [("left", False), ("relu()#2", True)])
+def test_a_layer_that_is_no_cut_is_warned_of(layer, cut):
+    settings = {"preset": None, "model": "branchy", "layer": layer, "corners": 2, "max_steps": 20}
+    spec, subject = subject_of(**settings)
+    pair = [
+        images.load(*images.read(f"sample:photos/{name}"), subject.model.preprocessing)
+        for name in ("animal_panda", "fish_fish25")
+    ]
+    if not cut:
+        _, outcome = job.run(subject, spec, *pair)
+        assert outcome.result.cut is False
+        assert "'left' is no cut" in outcome.result.warnings[0]
+    else:
+        assert subject.cut
