@@ -7,7 +7,8 @@ READY := .venv/ready
 .PHONY: demo test lint bench clean
 
 demo: $(READY)
-	$(BIN)/polycollide run --source sample:mnist/3-0 --target sample:mnist/7-0 --preset paper-mnist --out demo
+	$(BIN)/polycollide run --source sample:mnist/3-0 --target sample:mnist/7-0 --preset paper-mnist --out demo/paper
+	$(BIN)/polycollide run --source sample:mnist/3-0 --target sample:mnist/7-0 --model mnist-mlp --layer fc1 --out demo/defaults
 	$(BIN)/polycollide reproduce table1
 
 test: $(READY)

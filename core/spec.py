@@ -175,6 +175,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "l_pos_threshold": 5.0,
         "violation_threshold": None,
         "max_steps": 5000,
+        "max_seconds": 3600.0,
+        "interpolation": {"samples": 2000, "sampler": "uniform"},
+        "ball_samples": 2000,
         "precision": "fp32",
     },
     # alpha is 100 on TensorFlow's half-squared norm, the rate 0.01 on 0-255 pixels. Open: when to
@@ -196,6 +199,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "l_pos_threshold": {"relative": 0.01},
         "violation_threshold": None,
         "max_steps": 10_000,
+        "max_seconds": 86400.0,
+        "interpolation": {"samples": 2000, "sampler": "uniform"},
+        "ball_samples": 2000,
         "precision": "fp32",
     },
 }
