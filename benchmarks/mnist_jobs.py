@@ -26,6 +26,7 @@ from polycollide.reproduce import digit_pairs
 
 TOGETHER = 64
 SPEC = CollisionSpec(preset="paper-mnist")
+THRESHOLD = 5.0  # the preset's, of L_pos
 Pair = tuple[images.Loaded, images.Loaded]
 
 
@@ -33,18 +34,21 @@ def one_job(subject: job.Subject, pairs: list[Pair], turns: int) -> None:
     """A job of five corners in the engine against the corners one after another, per pair."""
     forward = mnist_mlp().forward
     report = Report("One job of five corners", "by hand", "engine")
-    totals = np.zeros((2, turns))
+    seconds = []
     for source, target in pairs:
 
         def by_hand(source: images.Loaded = source, target: images.Loaded = target) -> None:
             both = (torch.from_numpy(image.pixels) for image in (source, target))
-            one_corner_after_another(forward, *both, SPEC, float(SPEC.l_pos_threshold))  # type: ignore[arg-type]
+            one_corner_after_another(forward, *both, SPEC, THRESHOLD)
 
         def engine(source: images.Loaded = source, target: images.Loaded = target) -> None:
             solve(subject, [prepare(subject, (source, target))])
 
-        totals += alternate(by_hand, engine, turns=turns)
-    report.add(f"mean of {len(pairs)} pairs", *totals, (">=", 3.0), per=len(pairs))
+        seconds.append(alternate(by_hand, engine, turns=turns))
+    times = np.array(seconds)  # [pairs, 2, turns]
+    # Few pairs take most of the time, so the typical job stands beside the sum that is judged.
+    report.add(f"mean of {len(pairs)} pairs", *times.sum(0), (">=", 3.0), per=len(pairs))
+    report.add("each pair by itself", *np.median(times, axis=2).T)
     report.show()
 
 

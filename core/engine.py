@@ -20,7 +20,7 @@ from torch import Tensor
 
 from core.errors import CoreError
 from core.objective import Losses, RowTensors
-from core.parametrize import Pixels
+from core.parametrize import Bounds, Pixels
 from core.spec import CollisionSpec
 from core.taps import Tap
 
@@ -142,10 +142,6 @@ class Engine:
         self._corner: Integers = np.empty(0, np.int64)
         self._rows: _Rows
 
-    @property
-    def _bounded(self) -> bool:
-        return any(group.spec.pixel_range == "valid" for group in self.groups)
-
     def admit(self, group: Group) -> None:
         """Lets `group` join at the next stride."""
         self._waiting.append(group)
@@ -163,11 +159,11 @@ class Engine:
                     if self.groups:
                         leaf, pre = self._forward()
             if self.groups:
-                rates, epsilons = self._rates()
+                (rates, epsilons), bounds = self._rates(), self._bounds()
                 for i in range(STRIDE):
                     if i:
                         leaf, pre = self._forward()
-                    self._step(leaf, pre, rates[i], epsilons[i])
+                    self._step(leaf, pre, rates[i], epsilons[i], bounds)
         seconds = time.perf_counter() - began
         for group in company:
             group.seconds += seconds
@@ -299,8 +295,17 @@ class Engine:
         rate, epsilon = table.view(*table.shape, *[1] * (self._rows.parameters.dim() - 1))
         return rate, epsilon
 
+    def _bounds(self) -> Bounds | None:
+        """Where parameters are kept: numbers where rows agree, which is several times faster."""
+        ranges = {group.spec.pixel_range for group in self.groups}
+        if ranges == {"free"}:
+            return None
+        return (0.0, 1.0) if ranges == {"valid"} else (self._rows.low, self._rows.high)
+
     @torch.no_grad()
-    def _step(self, leaf: Tensor, pre: Tensor, rate: Tensor, epsilon: Tensor) -> None:
+    def _step(
+        self, leaf: Tensor, pre: Tensor, rate: Tensor, epsilon: Tensor, bounds: Bounds | None
+    ) -> None:
         rows = self._rows
         (gradient,) = torch.autograd.grad(pre, leaf, rows.losses.gradient(pre.detach()))
         mean, square = DECAYS[self.optimizer]
@@ -309,8 +314,8 @@ class Engine:
             rows.square.mul_(square).addcmul_(gradient, gradient, value=1 - square)
             direction = direction / rows.square.sqrt().add_(epsilon)
         rows.parameters.addcmul_(rate, direction, value=-1)
-        if self._bounded:
-            self.parametrization.project_(rows.parameters, rows.low, rows.high)
+        if bounds:
+            self.parametrization.project_(rows.parameters, bounds)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that is needed to go on exactly, as plain tensors `<key>/<name>`."""

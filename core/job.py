@@ -49,9 +49,13 @@ class Subject:
         Raises:
             UnknownName, ModelUnavailable, UntappableLayer: as `models.load` and `open_tap` do.
         """
-        model = models.load(spec.model, weights=spec.weights, device=device)
-        references = reference_images(model).to(device)
+        return cls.of(models.load(spec.model, weights=spec.weights, device=device), spec)
+
+    @classmethod
+    def of(cls, model: Model, spec: CollisionSpec) -> "Subject":
+        """As `open`, for a network that is loaded already."""
         network = model.classifier.network
+        references = reference_images(model).to(next(network.parameters()).device)
         tap = open_tap(model.classifier.normalize, network, spec.layer, references[:1])
         working = tap
         if spec.precision == "bf16":

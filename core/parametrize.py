@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+# The least and the greatest value: of all rows, or of each.
+Bounds = tuple[float, float] | tuple[Tensor, Tensor]
+
 
 class Pixels:
     """The parameters of a row are its image, [C, H, W] in [0, 1]."""
@@ -14,6 +17,6 @@ class Pixels:
     def images(self, parameters: Tensor) -> Tensor:
         return parameters
 
-    def project_(self, parameters: Tensor, low: Tensor, high: Tensor) -> None:
-        """Clamps every row to its own range, `low` and `high` [R, 1, 1, 1], in place."""
-        torch.clamp(parameters, low, high, out=parameters)
+    def project_(self, parameters: Tensor, bounds: Bounds) -> None:
+        """Clamps in place, every row to its own range where `bounds` are tensors [R, 1, 1, 1]."""
+        torch.clamp(parameters, *bounds, out=parameters)

@@ -63,8 +63,8 @@ def table1(pairs: int, json: bool, device: torch.device) -> None:
         "Means over pairs and their standard deviation; 95 % Clopper-Pearson intervals over the\n"
         "samples of all pairs. equation 1 has one corner, so its mixtures are that corner.\n"
         "defaults must meet thresholds of L_pos and of violation, the others L_pos under 5.\n"
-        "The paper gives neither alpha, beta, rate nor pixel range for MNIST: paper-mnist has the\n"
-        "ratio of its VGG-16 settings, and valid pixels.",
+        "The paper gives neither alpha, beta, rate nor pixel range for MNIST: paper-mnist has\n"
+        "valid pixels and a beta with which all these pairs converge.",
         highlight=False,
         soft_wrap=True,
     )

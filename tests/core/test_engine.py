@@ -371,7 +371,7 @@ def test_steps_between_checks_do_no_work_per_row(mlp, monkeypatch):
         rates, epsilons = engine._rates()
         Counter.calls = 0
         with Counter():
-            engine._step(leaf, pre, rates[0], epsilons[0])
+            engine._step(leaf, pre, rates[0], epsilons[0], engine._bounds())
             engine._forward()
         return Counter.calls
 

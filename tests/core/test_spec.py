@@ -32,20 +32,8 @@ def refusals(**settings: Any) -> list[str]:
 
 # Presets
 
-# What a preset leaves to the user: names, measurement and bookkeeping, nothing that moves a pixel
-# (max_seconds stops a run early; its default is longer than the presets take).
-LEFT = {
-    "schema_version",
-    "preset",
-    "weights",
-    "target_class",
-    "max_seconds",
-    "interpolation",
-    "ball_samples",
-    "snapshots",
-    "figures",
-    "seed",
-}
+# What a preset leaves to the user: nothing that moves a pixel or changes what is measured.
+LEFT = {"schema_version", "preset", "weights", "target_class", "snapshots", "figures", "seed"}
 OTHER: dict[str, Any] = {
     "model": "other",
     "layer": "other",
@@ -63,12 +51,15 @@ OTHER: dict[str, Any] = {
     "l_pos_threshold": 17.0,
     "violation_threshold": 19.0,
     "max_steps": 123,
+    "max_seconds": 45.0,
+    "interpolation": {"samples": 67, "sampler": "paper"},
+    "ball_samples": 89,
     "precision": "bf16",
 }
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_fixes_every_setting_that_moves_a_pixel(preset: str) -> None:
+def test_a_preset_fixes_every_setting_that_decides_a_result(preset: str) -> None:
     assert set(PRESETS[preset]) == set(CollisionSpec.model_fields) - LEFT
     spec = CollisionSpec.model_validate({"preset": preset})
     assert spec.preset == preset
@@ -96,7 +87,7 @@ def test_the_paper_presets_say_what_the_paper_says() -> None:
     )
     assert (mnist.l_pos_threshold, mnist.violation_threshold) == (5.0, None)
     assert (mnist.negative, mnist.optimizer, mnist.schedule) == ("absolute", "gd", "constant")
-    assert mnist.interpolation.samples == 2000
+    assert mnist.interpolation == Interpolation(samples=2000, sampler="uniform")
     vgg = CollisionSpec.model_validate({"preset": "paper-vgg16-pixels"})
     assert (vgg.model, vgg.layer, vgg.optimizer) == ("vgg16", "classifier.0", "momentum")
     assert (vgg.alpha, vgg.beta) == (100 / 2, 10)  # TensorFlow's norm is half of ours
@@ -360,9 +351,15 @@ def test_a_preset_shares_passes_with_the_same_settings_written_out() -> None:
 
 
 def test_keys_do_not_run_into_one_another() -> None:
-    pairs = [("a", "bc"), ("ab", "c"), ("abc", "abc"), ("a-b", "c"), ("a", "b-c")]
-    keys = {CollisionSpec(model=model, layer=layer).batch_key for model, layer in pairs}
-    assert len(keys) == len(pairs)
+    names = [
+        ("a", "bc", "d"),
+        ("ab", "c", "d"),
+        ("a", "b", "cd"),
+        ("a", None, "d"),
+        ("a", "None", "d"),
+    ]
+    keys = {CollisionSpec(model=m, weights=w, layer=la).batch_key for m, w, la in names}
+    assert len(keys) == len(names)
     assert {len(key) for key in keys} == {16}
 
 
