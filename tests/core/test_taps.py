@@ -370,6 +370,7 @@ NO_CLIP: dict[str, Callable[[Tensor], Tensor]] = {
     "clamp(min=tensor)": lambda x: x.clamp(min=torch.zeros(())),
     "clamp_min(-1)": lambda x: x.clamp_min(-1),
     "F.hardtanh": F.hardtanh,
+    "F.hardtanh_": lambda x: F.hardtanh_(x),
     "F.hardtanh(-6, 6)": lambda x: F.hardtanh(x, -6, 6),
     "nn.Hardtanh": nn.Hardtanh(),
     "F.leaky_relu": F.leaky_relu,
@@ -406,6 +407,12 @@ def test_what_does_not_clip_from_0_up_is_no_layer(how: str) -> None:
     assert tappable(network, batch(1, *SMALL)) == []
     with pytest.raises(UntappableLayer, match="'first' is not followed by ReLU or ReLU6"):
         open_tap(AS_IS, network, "first", batch(1, *SMALL))
+
+
+def test_bounds_left_out_are_those_of_the_function() -> None:
+    network = Small(lambda x: F.hardtanh_(x, 0.0))
+    (layer,) = tappable(network, batch(1, *SMALL))
+    assert layer.clip == Clip(1.0)
 
 
 def test_clips_that_do_not_count_do_not_shift_the_count_of_those_that_do() -> None:
@@ -501,6 +508,20 @@ def test_identities_between_layer_and_clip_keep_the_layers_name() -> None:
     assert layer.names == ("1.0", "3")
 
 
+def test_what_works_in_place_between_layer_and_clip_gives_the_layer_its_name() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(6, 6), nn.LeakyReLU(0.1, True), nn.ReLU())
+    x = batch(4, *SMALL)
+    (layer,) = tappable(network, x[:1])
+    assert layer.names == ("2", "3")
+    with pytest.raises(UntappableLayer, match=r"'1' is not followed by .* take '2'"):
+        open_tap(AS_IS, network, "1", x[:1])
+    linear = in_float64(network[1], x)  # type: ignore[arg-type]
+    with torch.no_grad():
+        got = open_tap(AS_IS, network, "2", x[:1])(x)
+    np.testing.assert_allclose(got.numpy(), np.where(linear < 0, 0.1 * linear, linear), **CLOSE)
+
+
 # A layer's output that goes on unclipped as well
 
 
@@ -556,8 +577,38 @@ def test_a_layer_used_unclipped_as_well_is_refused(
         assert "fc" not in offered(str(caught.value))
     by_its_clip = open_tap(AS_IS, network, "act", x[:1])
     np.testing.assert_allclose(by_its_clip(x).numpy(), wanted, **CLOSE)
+    assert torch.equal(by_its_clip.observe(x)[1], network(x))
     if not allowed:  # the refusal is right: its activation does not decide the logits
         assert not is_cut(by_its_clip, x[:1], x[1:2])
+
+
+class OneRunRaw(nn.Module):
+    """`fc` runs twice; what it gives is clipped in one run, and used as it is in the other."""
+
+    def __init__(self, clipped: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.clipped = nn.Linear(6, 6), clipped
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc(x.flatten(1))
+        if self.clipped == 0:
+            return self.fc(h.relu())
+        return self.fc(h - h.mean()).relu()
+
+
+@pytest.mark.parametrize(("clipped", "name"), [(0, "fc"), (1, "fc#1")])
+def test_another_run_of_the_module_may_go_unclipped(clipped: int, name: str) -> None:
+    network, x = OneRunRaw(clipped), batch(3, *SMALL)
+    first = in_float64(network.fc, x[:1])
+    wanted = (
+        first if clipped == 0 else in_float64(network.fc, torch.from_numpy(first - first.mean()))
+    )
+    tap = open_tap(AS_IS, network, name, x[:1])
+    np.testing.assert_allclose(tap(x[:1]).numpy(), wanted, **CLOSE)
+    with pytest.raises(UntappableLayer, match="is not followed by"):
+        open_tap(AS_IS, network, {"fc": "fc#1", "fc#1": "fc"}[name], x[:1])
 
 
 def test_a_refusal_with_nothing_to_offer_is_still_a_sentence() -> None:
