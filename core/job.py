@@ -137,6 +137,11 @@ def prepare(
     if spec.target_class is not None:
         _check_class(subject.model, spec.target_class, seen_target)
     goal = Target(pre[1], tap.layer.clip)
+    if not (goal.pre[goal.active] > 0).any():
+        raise InvalidSpec(
+            f"The target activates no unit of layer {tap.layer.name!r} below saturation, so there "
+            "is nothing to collide with; give another target or layer."
+        )
     units = None if spec.objective == "plain" else choose_units(tap, goal, pair[0], spec)
     if units is None:
         losses = Losses.of_plain(goal, spec.corners, alpha=spec.alpha)
@@ -239,8 +244,8 @@ def _chosen(units: list[tuple[int, ...]], goal: Target) -> Tensor:
 def _beta(spec: CollisionSpec, goal: Target) -> float:
     if not isinstance(spec.beta, Relative):
         return spec.beta
-    active = max(1, int(goal.active.sum()))
-    return spec.beta.relative * spec.alpha * math.sqrt(goal.energy / active)
+    typical = float(goal.pre[goal.active].square().mean().sqrt())
+    return spec.beta.relative * spec.alpha * typical
 
 
 def _absolute(threshold: Threshold | None, goal: Target) -> float:
@@ -274,6 +279,8 @@ def _warnings(subject: Subject, job: Job) -> list[str]:
         )
     if job.spec.objective == "plain" and job.spec.corners > 1:
         warnings.append("The plain objective has no units: all corners are the same image.")
+    if job.units and len(set(map(frozenset, job.units))) < len(job.units):
+        warnings.append("Some corners push the same units away: they are the same image.")
     if job.spec.precision == "tf32" and subject.device.type != "cuda":
         warnings.append("TF32 is a mode of NVIDIA GPUs: this job ran in fp32.")
     return warnings

@@ -8,7 +8,7 @@ hooking modules makes all these cases alike, and leaves nothing behind on the ne
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -76,15 +76,15 @@ class Tap:
     def __call__(self, images: Tensor) -> Tensor:
         """f' of `images`; nothing behind the layer is computed."""
 
-        def stop(pre: Tensor) -> Tensor:
-            raise _Reached(pre)
+        seen: list[Tensor] = []
 
-        try:
+        def stop(pre: Tensor) -> Tensor:
+            seen.append(pre)
+            raise _Reached
+
+        with suppress(_Reached):
             self._forward(images, {self.layer.call: stop})
-        except _Reached as reached:
-            pre: Tensor = reached.pre.flatten(1).float()
-            return pre
-        raise UntappableLayer(f"The network did not come to layer {self.layer.name!r} this time.")
+        return seen[0].flatten(1).float()
 
     def observe(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """f' and the logits [N, classes] of `images`, in one pass."""
@@ -120,8 +120,10 @@ class Tap:
 
     def _forward(self, images: Tensor, actions: "_Actions") -> Tensor:
         normalized = self.normalize(images).to(self.dtype)
-        with _AtCalls(actions):
+        with _AtCalls(actions) as calls:
             logits: Tensor = self.network(normalized)
+        if calls.call < max(actions):
+            raise UntappableLayer(f"This time the network did not come to {self.layer.name!r}.")
         return logits
 
 
@@ -149,13 +151,19 @@ def open_tap(normalize: nn.Module, network: nn.Module, name: str, probe: Tensor)
             break
     else:
         raise _no_such_layer(network, name, layers)
-    if layer.producer and name != layer.names[-1] and not _all_clipped(network, normalized, layer):
+    if name not in (layer.names[-1], true_name(network, normalized, layer)):
         raise UntappableLayer(
             f"What layer {name!r} gives is clipped in one place and used as it is in another, "
             "so its activations do not decide what follows; "
             + _advice(name, [other for other in layers if other != layer])
         )
     return Tap(normalize, network, layer)
+
+
+def true_name(network: nn.Module, normalized: Tensor, layer: Layer) -> str:
+    """The name by which `open_tap` opens `layer`: the module's, if all that it gives is clipped."""
+    shared = layer.producer and not _all_clipped(network, normalized, layer)
+    return layer.names[-1] if shared else layer.name
 
 
 @torch.no_grad()
@@ -199,11 +207,7 @@ _Actions = Mapping[int, Callable[[Tensor], Tensor]]
 
 
 class _Reached(Exception):
-    """Carries f' out of a forward pass that need not go on."""
-
-    def __init__(self, pre: Tensor) -> None:
-        super().__init__()
-        self.pre: Tensor = pre
+    """Ends a forward pass that need not go on."""
 
 
 class _AtCalls(TorchFunctionMode):

@@ -24,7 +24,7 @@ from core.engine import Group
 from core.errors import CoreError, InvalidSpec, UnknownName
 from core.result import Result
 from core.spec import CollisionSpec
-from core.taps import Tap, is_affine, is_cut, tappable
+from core.taps import Tap, is_affine, is_cut, tappable, true_name
 
 console = Console()
 # For progress and remarks: standard output stays clean for --json and pipes.
@@ -96,15 +96,12 @@ def layers(model: str, weights: str | None, target: str | None, *, device: str |
         with Progress(console=aside, transient=True, disable=not aside.is_terminal) as bar:
             for layer in bar.track(listed, description="layers"):
                 tap = Tap(normalize, network, layer)
-                row = _layer_row(tap, references)
-                table.add_row(*row, *(_target_columns(tap, image, references) if target else ()))
+                name = true_name(network, normalize(image), layer)
+                shape = " x ".join(map(str, layer.shape))
+                cut = "yes" if is_cut(tap, references[:1], references[1:2]) else "no"
+                counts = _target_columns(tap, image, references) if target else ()
+                table.add_row(name, shape, str(layer.units), cut, *counts)
     console.print(table)
-
-
-def _layer_row(tap: Tap, references: torch.Tensor) -> tuple[str, str, str, str]:
-    shape = " x ".join(map(str, tap.layer.shape))
-    cut = "yes" if is_cut(tap, references[:1], references[1:2]) else "no"
-    return tap.layer.name, shape, str(tap.layer.units), cut
 
 
 def _target_columns(tap: Tap, image: torch.Tensor, references: torch.Tensor) -> tuple[str, str]:

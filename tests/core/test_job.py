@@ -304,3 +304,26 @@ def test_a_layer_that_is_no_cut_is_warned_of(layer, cut):
         assert "'left' is no cut" in outcome.result.warnings[0]
     else:
         assert subject.cut
+
+
+def test_a_relative_beta_is_in_units_of_the_active_features(paper):
+    goal = paper[0].goal
+    active = goal.pre[goal.active].double().numpy()
+    spec = CollisionSpec(preset="paper-mnist", beta={"relative": 0.5}, alpha=3.0)
+    assert job._beta(spec, goal) == pytest.approx(1.5 * np.sqrt((active**2).mean()), rel=1e-5)
+
+
+@pytest.mark.usefixtures("branchy")
+def test_a_target_that_activates_nothing_is_refused():
+    spec, subject = subject_of(preset=None, model="branchy", layer="left")
+    with torch.no_grad():
+        subject.model.classifier.network.left.bias.fill_(-100)
+    photos = [images.read(f"sample:photos/{name}") for name in ("animal_panda", "fish_fish25")]
+    pair = [images.load(*photo, subject.model.preprocessing) for photo in photos]
+    with pytest.raises(InvalidSpec, match="activates no unit"):
+        job.prepare(subject, spec, *pair, key="job")
+
+
+def test_corners_that_share_their_units_are_warned_of():
+    _, outcome = run(units=[0, 0], corners=2, ball_samples=0)
+    assert "push the same units" in outcome.result.warnings[0]

@@ -760,7 +760,7 @@ def test_a_network_that_does_not_come_to_its_layer_is_refused() -> None:
     network = Small()
     tap = open_tap(AS_IS, network, "first", batch(1, *SMALL))
     network.act = torch.abs
-    with pytest.raises(UntappableLayer, match="did not come to layer 'first'"):
+    with pytest.raises(UntappableLayer, match="did not come to 'first'"):
         tap(batch(2, *SMALL))
 
 
