@@ -18,6 +18,7 @@ An Adam that notes time and pixels every tenth step serves both peers, snapshots
 """
 
 import contextlib
+import copy
 import io
 import time
 import warnings
@@ -64,7 +65,10 @@ class Layered(nn.Module):
 
     def __init__(self, net: Net) -> None:
         super().__init__()
-        network = net.model.classifier.network
+        # Laid out as torchvision has it: channels last is the registry's doing.
+        network = copy.deepcopy(net.model.classifier.network).to(
+            memory_format=torch.contiguous_format
+        )
         fire = network.features[12]
         self.before = nn.Sequential(
             net.model.classifier.normalize, network.features[:12], fire.squeeze

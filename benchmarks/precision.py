@@ -1,10 +1,16 @@
 """bfloat16 against float32 on networks of a usual size: time of a step, and its corners.
 
+Also weights in channels-last order, as `core.models` lays them out, against torchvision's own.
+
 Both run the same engine on the same job for the same steps; bfloat16 runs a copy of the network,
 pixels and losses stay in float32. What both have found is then measured by the float32 network, as
 every job is: what the bfloat16 run believed of itself counts for nothing.
 """
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 from subjects import Net, squeezenet, vgg16
 from timing import Report, alternate, console, quick_asked, table
 
@@ -28,6 +34,14 @@ def compare(report: Report, net: Net, turns: int, mixtures: int) -> None:
         engine.stop(prepared.group.key)
         made.add_row(precision, *_worth(subject, prepared))
     console.print(made)
+
+
+def layouts(report: Report, make: Callable[[], Net], turns: int) -> None:
+    """Adds a line: a float32 step on torchvision's layout, and on channels last."""
+    nets = make(), make()
+    nets[0].model.classifier.to(memory_format=torch.contiguous_format)
+    engines = [_start(net, "fp32", 0)[-1] for net in nets]
+    report.add(nets[0].title, *alternate(*(e.advance for e in engines), turns=turns), per=STRIDE)
 
 
 def _start(net: Net, precision: str, mixtures: int) -> tuple[job.Subject, job.Job, Engine]:
@@ -71,6 +85,10 @@ def main() -> None:
     # 1.5 is what a prototype gained; the float32 result is the measure of the other.
     compare(report, squeezenet(), turns=2 if quick else 20, mixtures=20 if quick else 200)
     compare(report, vgg16(64 if quick else 224), turns=2 if quick else 4, mixtures=20)
+    report.show()
+    report = Report("A step at five rows", "torchvision's layout", "channels last")
+    layouts(report, squeezenet, turns=2 if quick else 10)
+    layouts(report, partial(vgg16, 64 if quick else 224), turns=2 if quick else 4)
     report.show()
 
 

@@ -185,7 +185,8 @@ def _only(pre: Tensor, number: int) -> Tensor:
 def _imagenet_model(name: str, network: nn.Module, normalize: Normalize, side: int) -> Model:
     return Model(
         name=name,
-        classifier=Classifier(normalize, network),
+        # Laid out as `models.load` does it.
+        classifier=Classifier(normalize, network).to(memory_format=torch.channels_last),
         preprocessing=Preprocessing("RGB", size=(side, side), resize=max(side, 256)),
         classes=tuple(zoo.AlexNet_Weights.DEFAULT.meta["categories"]),
         weights="none",
