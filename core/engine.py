@@ -6,10 +6,10 @@ so company changes no job. Rows are checked every `STRIDE` of their own steps; g
 strides, so that the phases of all rows agree and the host waits for the device once a stride.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.errors import CoreError
+from core.errors import CoreError, UnknownName
 from core.objective import Losses, RowTensors
 from core.parametrize import Bounds, Pixels
 from core.spec import CollisionSpec
-from core.taps import Tap
+from core.taps import Tap, matmul_precision
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -106,6 +106,16 @@ class Group:
         return np.less(self.score, 1)
 
     @property
+    def fingerprint(self) -> bytes:
+        """A hash of settings, source and target: a saved state fits the job it was saved for."""
+        arrays = (self.source, self.losses.target)
+        content = [
+            self.spec.model_dump_json().encode(),
+            *(a.cpu().numpy().tobytes() for a in arrays),
+        ]
+        return hashlib.sha256(b"".join(content)).digest()
+
+    @property
     def running(self) -> NDArray[np.bool_]:
         """[K]: the rows that still take steps."""
         return np.equal(self.reason, RUNNING)
@@ -151,7 +161,7 @@ class Engine:
         began = time.perf_counter()
         self._join()
         company, finished = list(self.groups), list[Group]()
-        with _matmul_precision(tf32=self.tf32):
+        with matmul_precision(tf32=self.tf32):
             if self.groups:
                 leaf, pre = self._forward()
                 if self._check(pre.detach()):
@@ -172,9 +182,15 @@ class Engine:
         return finished
 
     def stop(self, key: str) -> Group:
-        """Ends the group called `key` and returns it, its best states kept."""
+        """Ends the group called `key` and returns it, its best states kept.
+
+        Raises:
+            UnknownName: no group of that key takes steps here.
+        """
         self._join()
-        group = next(g for g in self.groups if g.key == key)
+        group = next((g for g in self.groups if g.key == key), None)
+        if group is None:
+            raise UnknownName("running job", key, [g.key for g in self.groups])
         group.reason[group.running] = STOPPED
         self._retire()
         return group
@@ -182,15 +198,16 @@ class Engine:
     def _join(self) -> None:
         if not self._waiting:
             return
+        waiting, self._waiting = self._waiting, []
         parts = [self._rows.select(torch.arange(len(self._owner)))] if self.groups else []
-        for group in self._waiting:
-            k = group.spec.corners
-            self._owner = np.append(self._owner, np.full(k, len(self.groups)))
-            self._corner = np.append(self._corner, np.arange(k))
-            self.groups.append(group)
-            parts.append(self._fresh_rows(group))
-        self._waiting = []
-        self._rows = _filled(_Rows.stack(parts), np.arange(len(self._owner)))
+        corners = [np.arange(group.spec.corners) for group in waiting]
+        owners = [np.full(len(own), len(self.groups) + i) for i, own in enumerate(corners)]
+        owner = np.concatenate([self._owner, *owners])
+        rows = _Rows.stack([*parts, *map(self._fresh_rows, waiting)])
+        # Whatever may fail, for want of memory say, has not: those already here are safe till now.
+        self._rows = _filled(rows, np.arange(len(owner)))
+        self._owner, self._corner = owner, np.concatenate([self._corner, *corners])
+        self.groups = [*self.groups, *waiting]
 
     def _fresh_rows(self, group: Group) -> _Rows:
         parameters = self.parametrization.start(group.source, group.spec.corners)
@@ -330,7 +347,8 @@ class Engine:
                     whole = group.corners.clone()
                 whole[corner] = rows[where]
                 state[f"{group.key}/{name}"] = whole
-            host = {
+            host: dict[str, Any] = {
+                "job": list(group.fingerprint),
                 "best": group.score,
                 "steps": group.steps,
                 "reason": group.reason,
@@ -354,11 +372,15 @@ class Engine:
         try:
             for group, where in self._places():
                 self._restore(group, where, state)
-        except (KeyError, RuntimeError) as error:
-            raise UnfitState(f"The saved state does not fit job {group.key!r}: {error}.") from error
+        except KeyError as error:
+            raise UnfitState(f"No state was saved for job {group.key!r}.") from error
         self._retire()
 
     def _restore(self, group: Group, where: slice, state: Mapping[str, Tensor]) -> None:
+        if state[f"{group.key}/job"].tolist() != list(group.fingerprint):
+            raise UnfitState(
+                f"The state saved as {group.key!r} is that of a job with other settings."
+            )
         for name in ("parameters", "mean", "square", "kept", "score"):
             rows = getattr(self._rows, name)
             rows[where] = state[f"{group.key}/{name}"].to(rows)
@@ -393,17 +415,3 @@ def _rate(spec: CollisionSpec, steps: NDArray[Any]) -> Floats:
 
 def _each_image(flags: Tensor, images: Tensor) -> Tensor:
     return flags.view(-1, *[1] * (images.dim() - 1))
-
-
-@contextmanager
-def _matmul_precision(*, tf32: bool) -> Iterator[None]:
-    """Whether CUDA may round the inputs of products to TF32; the setting is global, so put back."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "tf32" if tf32 else "ieee"
-    try:
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value

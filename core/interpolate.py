@@ -164,7 +164,9 @@ def summarize(
                 str(q): float(np.quantile(looked.probability, q)) for q in QUANTILES
             },
             "relative_residual": float(looked.residual.mean()),
-            "residual_to_random": float(looked.residual.mean()) / random_residual,
+            "residual_to_random": float(looked.residual.mean()) / random_residual
+            if random_residual
+            else None,
         }
 
     rounded = {f"{name}_8bit": value for name, value in of(samples.rounded).items()}

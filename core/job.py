@@ -21,7 +21,7 @@ from core.models import Model
 from core.objective import Losses, Target, l_neg, l_pos, residual, violation
 from core.result import CornerResult, LayerResult, Provenance, Result, Seen
 from core.spec import CollisionSpec, Relative, Threshold
-from core.taps import Tap, is_cut, mixes, open_tap
+from core.taps import Tap, is_cut, matmul_precision, mixes, open_tap
 from core.units import choose_units
 
 
@@ -52,6 +52,7 @@ class Subject:
         return cls.of(models.load(spec.model, weights=spec.weights, device=device), spec)
 
     @classmethod
+    @matmul_precision(tf32=False)
     def of(cls, model: Model, spec: CollisionSpec) -> "Subject":
         """As `open`, for a network that is loaded already."""
         network = model.classifier.network
@@ -117,6 +118,7 @@ def reference_images(model: Model) -> Tensor:
     return torch.from_numpy(np.stack([image.pixels for image in loaded]))
 
 
+@matmul_precision(tf32=False)
 def prepare(
     subject: Subject, spec: CollisionSpec, source: images.Loaded, target: images.Loaded, key: str
 ) -> Job:
@@ -164,6 +166,7 @@ def prepare(
     return Job(spec, source, target, goal, units, seen_source, seen_target, group)
 
 
+@matmul_precision(tf32=False)
 def measure(subject: Subject, job: Job) -> Outcome:
     """Measures the corners that the engine found, and the polytope between them."""
     began = time.perf_counter()

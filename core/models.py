@@ -133,7 +133,7 @@ def load(name: str, *, weights: str | None = None, device: str | torch.device = 
             raise UnknownName("model", name, [*SHIPPED, *_torchvision_names(), *own])
         model = _load_own(own[name], path, weights)
     # Convolutions take channels last faster, on the CPU too (benchmarks/precision.py).
-    model.classifier.to(device, memory_format=torch.channels_last)
+    model.classifier.to(device).to(memory_format=torch.channels_last)
     return model
 
 

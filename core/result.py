@@ -76,8 +76,9 @@ class InterpolationResult(_Model):
     min_probability: float
     probability_quantiles: dict[str, float]
     relative_residual: float = Field(description="Mean of ||f(x) - f(t)|| / ||f(t)||.")
-    residual_to_random: float = Field(
-        description="Mean of ||f(x) - f(t)||, over that of ||f(a) - f(b)|| for unrelated images."
+    residual_to_random: float | None = Field(
+        description="Mean of ||f(x) - f(t)||, over that of ||f(a) - f(b)|| for unrelated images; "
+        "null where those do not differ."
     )
     accuracy_8bit: float
     accuracy_interval_8bit: tuple[float, float]
@@ -85,7 +86,7 @@ class InterpolationResult(_Model):
     min_probability_8bit: float
     probability_quantiles_8bit: dict[str, float]
     relative_residual_8bit: float
-    residual_to_random_8bit: float
+    residual_to_random_8bit: float | None
 
 
 class Ball(_Model):

@@ -3,7 +3,7 @@
 import hashlib
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from core.errors import UnknownName
 
@@ -11,7 +11,11 @@ Unit = Annotated[int, Field(ge=0, lt=2**31)]
 UnitSet = Annotated[list[Unit], Field(min_length=1, max_length=4096)]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.()#:+-]+$")]
 # ImageNet's classes have spaces and apostrophes in their names.
-ClassName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+ClassName = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if type(value) is int else value),
+    Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$"),
+]
 Loss = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 # Clopper-Pearson at 100 000 already resolves 3 in 100 000; more only fills disks.
@@ -55,7 +59,7 @@ class CollisionSpec(Strict):
     so a learning rate given for 0-255 pixels is to be divided by 255^2 for `gd` and `momentum`.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1] = Field(1, description="Of this form of settings.")
     preset: str | None = Field(
         None, description="Settings to start from; whatever else is set here wins over them."
     )
@@ -117,10 +121,15 @@ class CollisionSpec(Strict):
     max_seconds: float = Field(
         3600.0, gt=0, le=7 * 86400, description="Seconds the optimisation may take."
     )
-    interpolation: Interpolation = Interpolation()
+    interpolation: Interpolation = Field(
+        Interpolation(), description="How the polytope between the corners is sampled."
+    )
     ball_samples: Samples = Field(2000, description="Points of the ball of Appendix B; 0: none.")
     snapshots: int = Field(
-        6, ge=0, le=64, description="Intermediate images kept per corner (Appendix C)."
+        6,
+        ge=0,
+        le=64,
+        description="Intermediate images kept per corner, every 10 steps at most (Appendix C).",
     )
     figures: bool = Field(True, description="Whether pictures of the result are drawn.")
     precision: Literal["fp32", "bf16", "tf32"] = Field(
@@ -154,7 +163,8 @@ class CollisionSpec(Strict):
         return hashlib.sha256(repr((*shared, *loop)).encode()).hexdigest()[:16]
 
 
-# `paper-*`: what the paper or the authors' code states; the comment names what they leave open.
+# Each fixes whatever decides a result but the seed. `paper-*`: what the paper or the authors' code
+# states; the comment names what they leave open.
 PRESETS: dict[str, dict[str, Any]] = {
     # Open in the paper: alpha and beta (a larger beta spreads more, but leaves some pairs of digits
     # above the threshold), the rate, and the pixel range (corners with free pixels do not collide

@@ -203,6 +203,20 @@ def mixes(tap: Tap, probes: Tensor) -> bool:
     )
 
 
+@contextmanager
+def matmul_precision(*, tf32: bool) -> Iterator[None]:
+    """Whether CUDA may round the inputs of products to TF32; the setting is global, so put back."""
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
+
+
 _Actions = Mapping[int, Callable[[Tensor], Tensor]]
 
 

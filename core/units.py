@@ -35,6 +35,11 @@ def choose_units(
         for unit in sorted({unit for units in listed for unit in units}):
             _refuse_unless_flat(unit, target)
         return listed
+    if not len(flat):
+        raise InvalidSpec(
+            f"Every unit of layer {tap.layer.name!r} is active for this target, so corners have "
+            "none to push away; take another target or layer, or objective plain."
+        )
     if spec.corners > len(flat):
         raise InvalidSpec(
             f"Layer {tap.layer.name!r} has {len(flat)} inactive units for this target, too few for "

@@ -89,6 +89,17 @@ def reproduce(
 
 def main() -> None:
     """The entry point of the command."""
+    try:
+        _main()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("core", "polycollide"):
+            raise
+        needs = f"This command computes here, which needs {error.name}"
+        typer.echo(f"Error: {needs}: pip install 'polycollide[core]'.", err=True)
+        raise SystemExit(1) from None
+
+
+def _main() -> None:
     # Where cores are shared, threads that spin while they wait make small networks 10 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

@@ -2,6 +2,7 @@
 
 import json as jsonlib
 import signal
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from rich import box
 from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from core import figures, images, job
 from core import models as registry
@@ -24,11 +26,16 @@ from core.engine import Group
 from core.errors import CoreError, InvalidSpec, UnknownName
 from core.result import Result
 from core.spec import CollisionSpec
-from core.taps import Tap, is_affine, is_cut, tappable, true_name
+from core.taps import Tap, is_affine, is_cut, matmul_precision, tappable, true_name
 
-console = Console()
+console = Console(markup=False)
+OUT_OF_MEMORY = "The device's memory does not hold this job; ask for fewer corners."
+OTHER_FILES = (
+    *("result.json", "corners.npz", "samples.npz", "snapshots.npz"),
+    *("figure.png", "curves.png", "snapshots.png"),
+)
 # For progress and remarks: standard output stays clean for --json and pipes.
-aside = Console(stderr=True)
+aside = Console(stderr=True, markup=False)
 
 
 def run(
@@ -47,6 +54,9 @@ def run(
     """
     with in_one_sentence(), first_interrupt_asks() as interrupted:
         spec = build_spec(named, settings)
+        if out:  # before the work, not after it
+            out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()
         subject = job.Subject.open(spec, pick_device(device))
         prepare = subject.model.preprocessing
         source_image = images.load(*images.read(source), prepare)
@@ -55,12 +65,13 @@ def run(
             done, outcome = job.run(
                 subject, spec, source_image, target_image, on_progress, interrupted
             )
-        files = write(out, done, outcome) if out else []
         if json:
             print(outcome.result.model_dump_json(indent=2))
         else:
             show(outcome.result)
-            if files:
+        if out:
+            files = write(out, done, outcome)
+            if not json:
                 console.print(f"{out}: {', '.join(files)}", highlight=False, soft_wrap=True)
         if interrupted():
             raise typer.Exit(130)
@@ -82,7 +93,7 @@ def models() -> None:
 
 def layers(model: str, weights: str | None, target: str | None, *, device: str | None) -> None:
     """Prints the layers that can be tapped; with a target image, the units active for it."""
-    with in_one_sentence(), torch.no_grad():
+    with in_one_sentence(), torch.no_grad(), matmul_precision(tf32=False):
         opened = registry.load(model, weights=weights, device=pick_device(device))
         references = job.reference_images(opened).to(pick_device(device))
         image = references[:1]
@@ -124,7 +135,7 @@ def build_spec(named: dict[str, Any], settings: list[str]) -> CollisionSpec:
             raise UnknownName("setting", first, CollisionSpec.model_fields)
         try:
             value = jsonlib.loads(text)
-        except jsonlib.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, or a number of thousands of digits
             value = text
         for part in reversed(rest):
             value = {part: value}
@@ -140,9 +151,11 @@ def one_sentence(error: ValidationError) -> str:
     """What pydantic has against a spec, in one sentence."""
     wrong = error.errors(include_url=False)
     listed = [
-        f"{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else e["msg"] for e in wrong
+        f"{'.'.join(map(str, e['loc'][:2]))}: {e['msg']}" if e["loc"] else e["msg"] for e in wrong
     ]
-    return "; ".join(text.removeprefix("Value error, ") for text in listed)
+    # Of a field that takes this or that, the first complaint is enough.
+    first = {e["loc"][:1]: text for e, text in reversed(list(zip(wrong, listed, strict=True)))}
+    return "; ".join(text.removeprefix("Value error, ") for text in reversed(first.values()))
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -154,8 +167,13 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def write(out: Path, done: job.Job, outcome: job.Outcome) -> list[str]:
-    """Writes everything a result has into the folder `out`; returns the names of the files."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Writes everything a result has into the folder `out`, and returns the names of the files.
+
+    Files of an earlier result go first, lest the two be taken for one.
+    """
+    for pattern in ("corner-*.png", *OTHER_FILES):
+        for old in out.glob(pattern):
+            old.unlink()
     files = {"result.json": outcome.result.model_dump_json(indent=2).encode()}
     for i, corner in enumerate(outcome.corners):
         files[f"corner-{i}.png"] = images.to_png(corner)
@@ -173,6 +191,13 @@ def write(out: Path, done: job.Job, outcome: job.Outcome) -> list[str]:
     arrays: dict[str, dict[str, Any]] = {"corners.npz": {"corners": outcome.corners}}
     if outcome.samples:
         arrays["samples.npz"] = outcome.samples.arrays()
+    if done.group.snapshots.values:
+        record, wanted = done.group.snapshots, done.spec.snapshots
+        kept = np.unique(np.linspace(0, len(record.steps) - 1, wanted + 1).round().astype(int))[1:]
+        arrays["snapshots.npz"] = {
+            "steps": np.array(record.steps)[kept],
+            "images": np.stack([record.values[i].numpy() for i in kept]),
+        }
     for name, columns in arrays.items():
         np.savez_compressed(out / name, **columns)
     return [*files, *arrays]
@@ -207,7 +232,7 @@ def show(result: Result) -> None:
         facts.add_row(name, text)
     console.print(facts)
     for warning in result.warnings:
-        console.print(f"[yellow]Warning:[/] {warning}")
+        console.print(Text.assemble(("Warning:", "yellow"), " ", warning))
 
 
 def listing(*columns: str, justify: JustifyMethod = "left") -> Table:
@@ -309,11 +334,15 @@ def in_one_sentence() -> Iterator[None]:
         yield
     except CoreError as error:
         message = str(error)
-    except torch.OutOfMemoryError:
-        message = "The device's memory does not hold this job; ask for fewer corners."
+    except (torch.OutOfMemoryError, MemoryError):
+        message = OUT_OF_MEMORY
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # what torch says of the CPU's
+            raise
+        message = OUT_OF_MEMORY
     except OSError as error:
         message = f"{error.filename or 'A file'} cannot be used: {error.strerror or error}."
     else:
         return
-    aside.print(f"[red]Error:[/] {message}", highlight=False, soft_wrap=True)
+    aside.print(Text.assemble(("Error:", "red"), " ", message), soft_wrap=True)
     raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from core.engine import (
     Record,
     UnfitState,
 )
+from core.errors import UnknownName
 from core.images import load, read, sample_names
 from core.job import Job, Subject, prepare
 from core.objective import Losses, Target
@@ -279,12 +281,34 @@ def test_a_state_of_another_job_is_refused(mlp):
     state = engine.state_dict()
     stranger = mlp.engine(CollisionSpec(preset="paper-mnist"))
     stranger.admit(job_of(mlp, "3-0", "7-0", "b").group)
-    with pytest.raises(UnfitState, match="does not fit job 'b'"):
+    with pytest.raises(UnfitState, match="No state was saved for job 'b'"):
         stranger.load_state_dict(state)
     smaller = mlp.engine(CollisionSpec(preset="paper-mnist"))
     smaller.admit(job_of(mlp, "3-0", "7-0", "a", corners=3).group)
-    with pytest.raises(UnfitState, match="does not fit job 'a'"):
+    with pytest.raises(UnfitState, match="saved as 'a' is that of a job with other settings"):
         smaller.load_state_dict(state)
+    elsewhere = mlp.engine(CollisionSpec(preset="paper-mnist"))
+    elsewhere.admit(job_of(mlp, "3-1", "7-0", "a").group)
+    with pytest.raises(UnfitState, match="saved as 'a'"):
+        elsewhere.load_state_dict(state)
+
+
+def test_a_group_that_cannot_join_leaves_those_here_as_they_were(mlp):
+    good, bad = job_of(mlp, "3-0", "7-0", "good").group, job_of(mlp, "1-0", "7-0", "bad").group
+    bad.losses = replace(bad.losses, target=bad.losses.target[:, :10])
+    engine = mlp.engine(good.spec)
+    engine.admit(good)
+    engine.advance()
+    engine.admit(bad)
+    with pytest.raises(RuntimeError):
+        engine.advance()
+    finish(engine)
+    assert good.converged.all()
+
+
+def test_only_a_running_group_can_be_stopped(mlp):
+    with pytest.raises(UnknownName, match="no running job 'x'"):
+        mlp.engine(CollisionSpec(preset="paper-mnist")).stop("x")
 
 
 def test_a_diverging_row_ends_with_a_finite_state_and_leaves_its_company_alone(mlp):

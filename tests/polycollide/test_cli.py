@@ -17,7 +17,8 @@ from polycollide.cli import app
 
 PAIR = ("--source", "sample:mnist/3-0", "--target", "sample:mnist/7-0")
 PAPER = ("run", *PAIR, "--preset", "paper-mnist")
-FILES = {"result.json", "figure.png", "curves.png", "snapshots.png", "corners.npz", "samples.npz"}
+FILES = {"result.json", "figure.png", "curves.png", "snapshots.png"}
+FILES |= {"corners.npz", "samples.npz", "snapshots.npz"}
 
 
 def call(*arguments: str) -> Result:
@@ -66,6 +67,9 @@ def test_run_writes_everything_a_result_has(demo):
     with np.load(out / "samples.npz") as samples:
         assert samples["weights"].shape == (2000, 5)
         assert samples["probability"].min() == result["interpolation"]["min_probability"]
+    with np.load(out / "snapshots.npz") as snapshots:
+        assert snapshots["images"].shape == (len(snapshots["steps"]), 5, 1, 28, 28)
+        assert 0 < len(snapshots["steps"]) <= 6
     for picture in ("figure.png", "curves.png", "snapshots.png"):
         with Image.open(out / picture) as drawn:
             assert min(drawn.size) > 100
@@ -139,6 +143,44 @@ def test_a_broken_image_is_refused_in_one_sentence(tmp_path):
 def test_an_output_folder_that_cannot_be_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot be used" in refused(*PAPER, "--out", str(tmp_path / "file" / "out"))
+
+
+def test_words_in_brackets_are_taken_as_they_are():
+    sentence = refused("run", "--source", "photo[/b] [final].png", *PAIR[2:], *PAPER[5:])
+    assert "'photo[/b] [final].png' cannot be read" in sentence
+
+
+def test_a_folder_used_again_holds_the_new_result_only(tmp_path):
+    assert call(*PAPER, "--out", str(tmp_path)).exit_code == 0
+    few = ("--corners", "2", "--set", "interpolation.samples=0", "--set", "snapshots=0")
+    assert call(*PAPER, *few, "--out", str(tmp_path)).exit_code == 0
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == FILES - {"samples.npz", "snapshots.npz", "snapshots.png"} | {
+        *("corner-0.png", "corner-1.png")
+    }
+
+
+def test_numbers_that_are_names_and_numbers_without_end_are_understood():
+    assert call(*PAPER, "--set", "target_class=7", "--set", "ball_samples=0").exit_code == 0
+    assert "seed" in refused(*PAPER, "--set", "seed=" + "9" * 5000)
+
+
+def test_a_client_without_the_core_extra_is_told_what_to_install():
+    code = """if True:
+        import sys
+        class NoTorch:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in ("torch", "numpy"):
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        sys.meta_path.insert(0, NoTorch())
+        sys.argv = ["polycollide", "models"]
+        from polycollide.cli import main
+        main()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "pip install 'polycollide[core]'" in done.stderr
 
 
 def test_layers_lists_shapes_cuts_active_units_and_the_dimension_bound():
