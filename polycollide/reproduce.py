@@ -148,7 +148,7 @@ TABLE1 = [
     Row("distance apart", "1.28", _mean(lambda r: r.polytope.mean_pairwise_distance)),
     Row("of MNIST images", "10.21", lambda rs: f"{rs[0].polytope.natural_distance:.2f}"),
     Row("spread", "0.125", _mean(lambda r: r.polytope.spread, 3)),
-    Row("colliding", "100 %", FLOATS[0]),
+    Row("colliding", "", FLOATS[0]),
     Row("  interval", "", FLOATS[1]),
     Row("  in 8 bits", "", EIGHT_BITS[0]),
     Row("  interval", "", EIGHT_BITS[1]),
