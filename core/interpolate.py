@@ -88,9 +88,10 @@ def natural_distance(references: Tensor) -> tuple[float, str]:
 
     For a shape without a shipped constant, `references` [N, C, H, W] stand in.
     """
-    shipped = natural_distances().get(tuple(references.shape[1:]))
-    mean = mean_of_pairs(pairwise_distance(references))
-    return shipped or (mean, f"the {len(references)} sample images that ship with polycollide")
+    if shipped := natural_distances().get(tuple(references.shape[1:])):
+        return shipped
+    of = f"the {len(references)} sample images that ship with polycollide"
+    return mean_of_pairs(pairwise_distance(references)), of
 
 
 def measure_polytope(corners: Tensor, natural: tuple[float, str]) -> Polytope:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from core.errors import UnknownName
 
+MAX_CORNERS = 256
 Unit = Annotated[int, Field(ge=0, lt=2**31)]
 UnitSet = Annotated[list[Unit], Field(min_length=1, max_length=4096)]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.()#:+-]+$")]
@@ -76,7 +77,7 @@ class CollisionSpec(Strict):
         description="The class, by name or index, that the target must have: a job whose target "
         "the network takes for something else is refused.",
     )
-    corners: int = Field(5, ge=1, le=256, description="K, the corners of the polytope.")
+    corners: int = Field(5, ge=1, le=MAX_CORNERS, description="K, the corners of the polytope.")
     objective: Literal["corners", "plain"] = Field(
         "corners",
         description="`corners` gives each corner a unit of its own (L_pos and L_neg); `plain` is "
@@ -84,7 +85,7 @@ class CollisionSpec(Strict):
     )
     units: (
         Literal["first", "random", "reachable"]
-        | Annotated[list[Unit | UnitSet], Field(min_length=1, max_length=256)]
+        | Annotated[list[Unit | UnitSet], Field(min_length=1, max_length=MAX_CORNERS)]
     ) = Field(
         "first",
         description="The inactive unit, or set of units, that each corner pushes away: the first "

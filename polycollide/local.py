@@ -25,7 +25,7 @@ from core import models as registry
 from core.engine import Group
 from core.errors import CoreError, InvalidSpec, UnknownName
 from core.result import Result
-from core.spec import CollisionSpec
+from core.spec import MAX_CORNERS, CollisionSpec
 from core.taps import Tap, is_affine, is_cut, matmul_precision, tappable, true_name
 
 console = Console(markup=False)
@@ -169,11 +169,8 @@ def pick_device(name: str | None) -> torch.device:
 def write(out: Path, done: job.Job, outcome: job.Outcome) -> list[str]:
     """Writes everything a result has into the folder `out`, and returns the names of the files.
 
-    Files of an earlier result go first, lest the two be taken for one.
+    Files of an earlier result go first, lest the two be taken for one; no other file is touched.
     """
-    for pattern in ("corner-*.png", *OTHER_FILES):
-        for old in out.glob(pattern):
-            old.unlink()
     files = {"result.json": outcome.result.model_dump_json(indent=2).encode()}
     for i, corner in enumerate(outcome.corners):
         files[f"corner-{i}.png"] = images.to_png(corner)
@@ -186,8 +183,6 @@ def write(out: Path, done: job.Job, outcome: job.Outcome) -> list[str]:
             files["snapshots.png"] = figures.draw_snapshots(
                 source, target, done.group, outcome.corners
             )
-    for name, content in files.items():
-        (out / name).write_bytes(content)
     arrays: dict[str, dict[str, Any]] = {"corners.npz": {"corners": outcome.corners}}
     if outcome.samples:
         arrays["samples.npz"] = outcome.samples.arrays()
@@ -198,6 +193,10 @@ def write(out: Path, done: job.Job, outcome: job.Outcome) -> list[str]:
             "steps": np.array(record.steps)[kept],
             "images": np.stack([record.values[i].numpy() for i in kept]),
         }
+    for name in (*OTHER_FILES, *(f"corner-{i}.png" for i in range(MAX_CORNERS))):
+        (out / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        (out / name).write_bytes(content)
     for name, columns in arrays.items():
         np.savez_compressed(out / name, **columns)
     return [*files, *arrays]

@@ -151,12 +151,13 @@ def test_words_in_brackets_are_taken_as_they_are():
 
 
 def test_a_folder_used_again_holds_the_new_result_only(tmp_path):
+    (tmp_path / "corner-house.png").write_text("the user's own")
     assert call(*PAPER, "--out", str(tmp_path)).exit_code == 0
     few = ("--corners", "2", "--set", "interpolation.samples=0", "--set", "snapshots=0")
     assert call(*PAPER, *few, "--out", str(tmp_path)).exit_code == 0
     left = {path.name for path in tmp_path.iterdir()}
     assert left == FILES - {"samples.npz", "snapshots.npz", "snapshots.png"} | {
-        *("corner-0.png", "corner-1.png")
+        *("corner-0.png", "corner-1.png", "corner-house.png")
     }
 
 
