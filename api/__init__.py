@@ -1,0 +1,1 @@
+"""The HTTP service: routes, schemas, authentication, errors. It never opens torch."""

@@ -1,0 +1,1 @@
+"""The schema's history. `polycollide migrate` brings a database up to date."""

@@ -1,0 +1,53 @@
+"""Connections: asynchronous for the API, synchronous for workers; one driver for both."""
+
+from importlib.resources import files
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Engine, create_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from store.settings import Settings
+
+# A statement that waits longer than this has met a lock that somebody forgot.
+TIMEOUTS = "-c lock_timeout=30s -c idle_in_transaction_session_timeout=60s -c timezone=UTC"
+_CONNECT = {
+    "connect_timeout": 5,
+    "options": TIMEOUTS,
+    # A peer that vanished without a word is noticed within half a minute.
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
+
+
+def connect(settings: Settings) -> Engine:
+    """For workers, the reconciler and commands. A connection is tested before it is used."""
+    return create_engine(
+        settings.sqlalchemy_url, connect_args=_CONNECT, pool_pre_ping=True, pool_size=4
+    )
+
+
+def connect_async(settings: Settings) -> AsyncEngine:
+    """For the API."""
+    return create_async_engine(
+        settings.sqlalchemy_url,
+        connect_args=_CONNECT,
+        pool_pre_ping=True,
+        pool_size=10,
+        max_overflow=10,
+        pool_timeout=10,
+    )
+
+
+def migrate(settings: Settings, revision: str = "head") -> None:
+    """Brings the schema to `revision`."""
+    command.upgrade(migrations(settings), revision)
+
+
+def migrations(settings: Settings) -> Config:
+    """Alembic, set to this database."""
+    config = Config()
+    config.set_main_option("script_location", str(files("migrations")))
+    config.attributes["url"] = settings.sqlalchemy_url
+    return config

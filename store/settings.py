@@ -1,0 +1,101 @@
+"""The service's settings: one class, read from `POLYCOLLIDE_*` variables and secret files."""
+
+from datetime import timedelta
+from functools import cache
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import URL, make_url
+
+DEFAULT_PASSWORD = "polycollide"  # noqa: S105 - refused outside local mode
+
+
+class Settings(BaseSettings):
+    """Raises pydantic's ValidationError on a default secret outside local mode."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="POLYCOLLIDE_",
+        secrets_dir="/run/secrets" if Path("/run/secrets").is_dir() else None,
+        extra="ignore",
+    )
+
+    mode: Literal["local", "server"] = Field(
+        "server", description="`local` is one user's own machine: default secrets are allowed."
+    )
+    host: str = Field("127.0.0.1", description="Where the API listens.")
+    port: int = Field(8000, ge=0, lt=2**16)
+
+    database_url: str = "postgresql://polycollide@localhost/polycollide"
+    database_password: SecretStr = SecretStr(DEFAULT_PASSWORD)
+    redis_url: SecretStr = SecretStr("redis://localhost:6379/0")
+
+    lease: timedelta = timedelta(seconds=30)
+    heartbeat: timedelta = timedelta(seconds=1)
+    # A stride of many rows of a large network takes minutes on a CPU.
+    stall_after: timedelta = Field(
+        timedelta(minutes=5), description="A worker without a step for so long is taken for hung."
+    )
+    max_crashes: int = Field(
+        3, ge=1, description="Attempts that may end with their worker, before the job fails."
+    )
+    # Beyond what the spec allows the optimisation: loading, measuring, drawing.
+    deadline_grace: timedelta = timedelta(hours=1)
+    checkpoint_every: timedelta = timedelta(seconds=60)
+    checkpoint_dir: Path = Field(
+        Path("checkpoints"),
+        description="Of a worker's volume: checkpoints too large for the store.",
+    )
+    soft_shutdown: timedelta = timedelta(seconds=20)
+    reconcile_every: timedelta = timedelta(seconds=2)
+
+    max_queued_jobs: int = Field(100_000, description="That a key may have waiting.")
+    max_body_bytes: int = 256 * 2**20
+    max_parameters: int = Field(
+        2**26, description="Corners times pixels and channels of a job: 445 corners of 224 x 224."
+    )
+    max_batch_items: int = 10_000
+
+    keep_checkpoints: timedelta = Field(timedelta(hours=1), description="Of finished jobs.")
+    keep_snapshots: timedelta = Field(timedelta(days=7), description="Of finished jobs.")
+    keep_events: timedelta = Field(timedelta(days=7), description="Of finished jobs.")
+    keep_idempotency_keys: timedelta = timedelta(hours=24)
+    keep_unreferenced_blobs: timedelta = timedelta(days=1)
+    keep_workers: timedelta = Field(timedelta(days=1), description="Since their last heartbeat.")
+
+    @model_validator(mode="after")
+    def _no_default_secret(self) -> Self:
+        if self.mode != "local" and self.sqlalchemy_url.password == DEFAULT_PASSWORD:
+            raise ValueError(
+                "The database has the default password; set POLYCOLLIDE_DATABASE_PASSWORD, or "
+                "POLYCOLLIDE_MODE=local on a machine of your own."
+            )
+        return self
+
+    @property
+    def sqlalchemy_url(self) -> URL:
+        """`database_url` with our driver, and `database_password` unless it has one of its own."""
+        url = make_url(self.database_url).set(drivername="postgresql+psycopg")
+        password = self.database_password.get_secret_value()
+        return url if url.password is not None else url.set(password=password)
+
+    @property
+    def keyless(self) -> bool:
+        """Whether requests need no API key: in local mode, on the loopback interface."""
+        loopback = self.host == "localhost" or _is_loopback(self.host)
+        return self.mode == "local" and loopback
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@cache
+def settings() -> Settings:
+    """This process's settings."""
+    return Settings()

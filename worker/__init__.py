@@ -1,0 +1,1 @@
+"""What runs jobs: the Celery task, the loop from claim to result, heartbeat, reconciler."""
