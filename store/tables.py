@@ -189,6 +189,12 @@ class Job(Base):
         Index(None, "key_id", "seq"),
         Index(None, "key_id", "status", "seq"),
         Index(None, "batch_id", "status", postgresql_where=text("batch_id IS NOT NULL")),
+        Index(
+            None,
+            *("batch_id", "batch_index"),
+            unique=True,
+            postgresql_where=text("batch_id IS NOT NULL"),
+        ),
         Index("ix_jobs_labels", "labels", postgresql_using="gin"),
         # Retention.
         Index(

@@ -1,0 +1,295 @@
+"""Batches: jobs submitted together, counted, canceled and read together.
+
+Functions take a connection and never commit.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from typing import Any, NamedTuple
+from uuid import UUID, uuid4
+
+from sqlalchemy import RowMapping, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from core.spec import CollisionSpec
+from store.lifecycle import FINAL, Event, Status, sources, sql_after
+from store.queue import CHANNEL
+
+# What the event loop turns into parameters in one go: some 10 ms.
+_CHUNK = 500
+
+
+class Stored(NamedTuple):
+    """An image that is in the store: its short name, and its hash."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A job of a batch, checked. Items that share a spec share the object: it is written once."""
+
+    index: int
+    custom_id: str | None
+    spec: CollisionSpec
+    source: Stored
+    target: Stored
+    priority: int
+    labels: tuple[str, ...]
+    deadline_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch and how its jobs stand. `errors` is None in lists, where only their number is."""
+
+    id: UUID
+    seq: int
+    created_at: datetime
+    cancel_requested_at: datetime | None
+    labels: list[str]
+    total: int
+    refused: int
+    errors: list[dict[str, Any]] | None
+    counts: Mapping[Status, int]
+
+    @property
+    def completed(self) -> bool:
+        """Whether no job is left to run."""
+        live = (Status.QUEUED, Status.RUNNING, Status.CANCELING)
+        return not any(self.counts[status] for status in live)
+
+
+_INSERT = text("""
+    INSERT INTO batches (id, key_id, labels, total, errors)
+    VALUES (:id, :key_id, CAST(:labels AS text[]), :total, CAST(:errors AS jsonb))
+""")
+# In order of index, which is then the order of age. Of specs and labels only the different ones
+# come, and each job says which it has.
+_INSERT_JOBS = text("""
+    WITH spec AS (
+        SELECT * FROM unnest(
+            CAST(:specs AS jsonb[]), CAST(:models AS text[]), CAST(:corners AS int[]),
+            CAST(:batch_keys AS text[])
+        ) WITH ORDINALITY AS spec (spec, model, corners, batch_key, number)
+    ), new AS (
+        INSERT INTO jobs (id, key_id, batch_id, batch_index, custom_id, request_id, priority,
+            labels, deadline_seconds, spec, model, corners, batch_key,
+            source_name, source_sha256, target_name, target_sha256)
+        SELECT gen_random_uuid(), :key_id, :batch_id, item.index, item.custom_id, :request_id,
+            item.priority,
+            ARRAY(SELECT jsonb_array_elements_text(
+                (CAST(:labels AS jsonb[]))[item.labels_number])),
+            item.deadline_seconds, spec.spec, spec.model, spec.corners, spec.batch_key,
+            item.source_name, item.source_sha256, item.target_name, item.target_sha256
+        FROM unnest(
+            CAST(:indices AS int[]), CAST(:custom_ids AS text[]), CAST(:spec_numbers AS int[]),
+            CAST(:priorities AS int[]), CAST(:labels_numbers AS int[]),
+            CAST(:deadlines AS float8[]), CAST(:source_names AS text[]),
+            CAST(:sources AS text[]), CAST(:target_names AS text[]), CAST(:targets AS text[])
+        ) AS item (index, custom_id, spec_number, priority, labels_number, deadline_seconds,
+            source_name, source_sha256, target_name, target_sha256)
+        JOIN spec ON spec.number = item.spec_number
+        ORDER BY item.index
+        RETURNING id, status, attempt
+    )
+    INSERT INTO job_events (job_id, type, data)
+    SELECT id, 'status',
+        jsonb_build_object('status', status, 'status_reason', NULL, 'attempt', attempt)
+    FROM new
+""")
+
+
+async def create(
+    connection: AsyncConnection,
+    *,
+    key_id: UUID,
+    labels: Sequence[str],
+    items: Sequence[Item],
+    errors: Sequence[Mapping[str, Any]],
+    request_id: str | None = None,
+    batch_id: UUID | None = None,
+) -> UUID:
+    """Writes a batch and its jobs, queued; their images must be stored. Its id."""
+    batch_id = batch_id or uuid4()
+    await connection.execute(
+        _INSERT,
+        {
+            "id": batch_id,
+            "key_id": key_id,
+            "labels": list(labels),
+            "total": len(items) + len(errors),
+            "errors": json.dumps(list(errors)),
+        },
+    )
+    same = {"key_id": key_id, "batch_id": batch_id, "request_id": request_id}
+    remaining = iter(items)
+    while chunk := list(islice(remaining, _CHUNK)):
+        await connection.execute(_INSERT_JOBS, same | _columns(chunk))
+    return batch_id
+
+
+def _columns(items: Sequence[Item]) -> dict[str, Any]:
+    specs = {id(item.spec): item.spec for item in items}
+    spec_numbers = {key: number for number, key in enumerate(specs, start=1)}
+    labels = list(dict.fromkeys(item.labels for item in items))
+    labels_numbers = {value: number for number, value in enumerate(labels, start=1)}
+    return {
+        "specs": [spec.model_dump_json() for spec in specs.values()],
+        "models": [spec.model for spec in specs.values()],
+        "corners": [spec.corners for spec in specs.values()],
+        "batch_keys": [spec.batch_key for spec in specs.values()],
+        "labels": [json.dumps(value) for value in labels],
+        "indices": [item.index for item in items],
+        "custom_ids": [item.custom_id for item in items],
+        "spec_numbers": [spec_numbers[id(item.spec)] for item in items],
+        "priorities": [item.priority for item in items],
+        "labels_numbers": [labels_numbers[item.labels] for item in items],
+        "deadlines": [item.deadline_seconds for item in items],
+        "source_names": [item.source.name for item in items],
+        "sources": [item.source.sha256 for item in items],
+        "target_names": [item.target.name for item in items],
+        "targets": [item.target.sha256 for item in items],
+    }
+
+
+_COUNTS = text("""
+    SELECT batch_id, status, count(*) FROM jobs
+    WHERE batch_id = ANY(CAST(:ids AS uuid[])) GROUP BY batch_id, status
+""")
+_HEAD = """SELECT id, seq, created_at, cancel_requested_at, labels, total,
+    jsonb_array_length(errors) AS refused"""
+_GET = text(f"""
+    {_HEAD}, errors FROM batches WHERE id = :id AND key_id = :key_id
+""")
+_PAGE = text(f"""
+    {_HEAD}, NULL AS errors FROM batches
+    WHERE key_id = :key_id AND (CAST(:before AS bigint) IS NULL OR seq < :before)
+    ORDER BY seq DESC LIMIT :limit
+""")
+
+
+async def get(connection: AsyncConnection, *, key_id: UUID, batch_id: UUID) -> Batch | None:
+    """A batch with its counts; None unless it is this key's."""
+    found = await connection.execute(_GET, {"id": batch_id, "key_id": key_id})
+    batches = await _counted(connection, found.mappings().all())
+    return batches[0] if batches else None
+
+
+async def page(
+    connection: AsyncConnection, *, key_id: UUID, limit: int, before: int | None = None
+) -> list[Batch]:
+    """Up to `limit` batches of a key, the newest first, those older than `before` (a `seq`)."""
+    params = {"key_id": key_id, "before": before, "limit": limit}
+    found = await connection.execute(_PAGE, params)
+    return await _counted(connection, found.mappings().all())
+
+
+async def _counted(connection: AsyncConnection, heads: Sequence[RowMapping]) -> list[Batch]:
+    counts = {head["id"]: dict.fromkeys(Status, 0) for head in heads}
+    for batch_id, status, count in await connection.execute(_COUNTS, {"ids": list(counts)}):
+        counts[batch_id][Status(status)] = count
+    return [Batch(**head, counts=counts[head["id"]]) for head in heads]
+
+
+_IN_PROGRESS = text("""
+    SELECT EXISTS (
+        SELECT FROM jobs
+        WHERE batch_id = :id AND status IN ('queued', 'running', 'canceling')
+    )
+""")
+
+
+async def in_progress(connection: AsyncConnection, batch_id: UUID) -> bool:
+    """Whether a job of the batch is left to run."""
+    return bool(await connection.scalar(_IN_PROGRESS, {"id": batch_id}))
+
+
+def _listed(statuses: Iterable[Status]) -> str:
+    return ", ".join(f"'{status}'" for status in statuses)
+
+
+_REQUEST_CANCEL = text("""
+    UPDATE batches SET cancel_requested_at = COALESCE(cancel_requested_at, now())
+    WHERE id = :id AND key_id = :key_id RETURNING id
+""")
+_CANCELED = sql_after(Event.CANCEL)
+# Locked in order of ids, as workers lock theirs: two who want the same jobs wait for each other
+# but never in a circle.
+_CANCEL_JOBS = text(f"""
+    WITH chosen AS (
+        SELECT id FROM jobs WHERE batch_id = :id
+        AND status IN ({_listed(sources(Event.CANCEL))})
+        ORDER BY id FOR UPDATE
+    ), moved AS (
+        UPDATE jobs SET
+            status = {_CANCELED},
+            status_reason = CASE status
+                WHEN 'queued' THEN 'Canceled by its owner.' ELSE 'Its owner wants it no more.' END,
+            cancel_requested_at = COALESCE(cancel_requested_at, now()),
+            checkpoint_sha256 = CASE status WHEN 'running' THEN checkpoint_sha256 END,
+            finished_at = CASE status WHEN 'queued' THEN clock_timestamp() END
+        FROM chosen WHERE jobs.id = chosen.id
+        RETURNING jobs.id, jobs.status, jobs.status_reason, jobs.attempt
+    ), noted AS (
+        INSERT INTO job_events (job_id, type, data)
+        SELECT id, 'status', jsonb_build_object(
+            'status', status, 'status_reason', status_reason, 'attempt', attempt)
+        FROM moved
+    )
+    SELECT count(*), count(pg_notify('{CHANNEL}', id::text)) FROM moved
+""")
+
+
+async def cancel(connection: AsyncConnection, *, key_id: UUID, batch_id: UUID) -> bool:
+    """Cancels whatever is left of a batch; False unless it is this key's. Once more is no error."""
+    ours = await connection.scalar(_REQUEST_CANCEL, {"id": batch_id, "key_id": key_id})
+    if ours is not None:
+        await connection.execute(_CANCEL_JOBS, {"id": batch_id})
+    return ours is not None
+
+
+# Pages, not a cursor: a client that reads slowly then holds neither a connection nor a snapshot.
+# What is final does not change, so that pages fit together.
+_FINISHED = f"""
+    WHERE jobs.batch_id = :id AND jobs.batch_index > :after AND jobs.status IN ({_listed(FINAL)})
+    ORDER BY jobs.batch_index LIMIT :limit"""
+_RESULTS = text(f"""
+    SELECT jobs.batch_index, json_build_object(
+        'index', jobs.batch_index, 'custom_id', jobs.custom_id, 'job_id', jobs.id,
+        'status', jobs.status, 'error', jobs.error, 'result',
+        metrics.details || jsonb_build_object('corners', (
+            SELECT jsonb_agg(details ORDER BY index) FROM corners WHERE job_id = jobs.id))
+    )::text
+    FROM jobs LEFT JOIN metrics ON metrics.job_id = jobs.id {_FINISHED}
+""")
+_TABLE = text(f"""
+    SELECT jobs.batch_index AS index, jobs.custom_id, jobs.id AS job_id, jobs.status,
+        jobs.error->>'code' AS error_code, jobs.model, jobs.spec->>'layer' AS layer,
+        jobs.corners, (jobs.spec->>'seed')::bigint AS seed, metrics.converged, metrics.steps,
+        metrics.seconds, metrics.spread, metrics.accuracy, metrics.accuracy_8bit,
+        (metrics.details->'interpolation'->>'mean_probability')::float8 AS mean_probability,
+        metrics.min_probability, jobs.labels
+    FROM jobs LEFT JOIN metrics ON metrics.job_id = jobs.id {_FINISHED}
+""")
+
+
+async def results(
+    connection: AsyncConnection, batch_id: UUID, *, after: int = -1, limit: int
+) -> list[tuple[int, str]]:
+    """Up to `limit` finished jobs behind index `after`: each its index and its line of JSON."""
+    params = {"id": batch_id, "after": after, "limit": limit}
+    return [(row[0], row[1]) for row in await connection.execute(_RESULTS, params)]
+
+
+async def table(
+    connection: AsyncConnection, batch_id: UUID, *, after: int = -1, limit: int
+) -> list[dict[str, Any]]:
+    """Up to `limit` finished jobs behind index `after`, each with what has a column of its own."""
+    params = {"id": batch_id, "after": after, "limit": limit}
+    found = await connection.execute(_TABLE, params)
+    return [dict(row) for row in found.mappings()]
