@@ -1,0 +1,82 @@
+"""The Celery application: one task, which drains the queue of Postgres when somebody rings.
+
+A message is a doorbell and carries nothing. It is acknowledged before the work starts, and no
+result is kept: leases in Postgres recover what a worker leaves behind. Only the pool's child, one
+to a worker, opens torch.
+"""
+
+import os
+import threading
+from typing import Any
+
+from celery import Celery, signals
+from celery.signals import worker_process_init, worker_shutting_down
+from store.logs import configure
+
+from store import workers
+from store.database import connect
+from store.settings import DRAIN_TASK, QUEUE, settings
+
+app = Celery("polycollide", broker=settings().redis_url.get_secret_value(), set_as_current=False)
+app.conf.update(
+    task_ignore_result=True,
+    task_serializer="json",
+    accept_content=["json"],
+    task_default_queue=QUEUE,
+    task_acks_late=False,
+    # A bell that waits behind a long job is heard by whoever is free.
+    worker_disable_prefetch=True,
+    worker_pool="prefork",
+    # A forked child cannot use CUDA.
+    worker_pool_start_method="spawn",
+    worker_concurrency=1,
+    # Importing torch and opening a GPU takes longer than the 4 s that Celery allows.
+    worker_proc_alive_timeout=120,
+    worker_hijack_root_logger=False,
+    worker_send_task_events=False,
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,
+    broker_transport_options={
+        "socket_keepalive": True,
+        "socket_timeout": 30,
+        "socket_connect_timeout": 5,
+        "health_check_interval": 10,
+    },
+)
+
+_child: Any = None  # the Runner, in the pool's child only
+
+
+@signals.setup_logging.connect
+def _log(**_: Any) -> None:
+    configure(settings().mode)
+
+
+@worker_process_init.connect
+def _start(**_: Any) -> None:
+    from worker.runner import Runner
+
+    global _child
+    configure(settings().mode)
+    _child = Runner(settings(), os.environ["POLYCOLLIDE_SLOT"])
+    _child.start()
+
+
+@worker_shutting_down.connect
+def _hand_back(**_: Any) -> None:
+    """Tells the child, which no signal reaches while it works, that this worker is to end."""
+
+    def tell() -> None:
+        database = connect(settings())
+        with database.begin() as connection:
+            workers.drain(connection, os.environ["POLYCOLLIDE_SLOT"])
+        database.dispose()
+
+    # A signal handler must not wait for a database.
+    threading.Thread(target=tell, name="hand back").start()
+
+
+@app.task(name=DRAIN_TASK)
+def drain() -> None:
+    """Runs jobs until none is left."""
+    _child.drain()

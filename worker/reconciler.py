@@ -1,0 +1,86 @@
+"""What nobody else looks after: expired leases, unheard bells, and what retention deletes.
+
+Run as `python -m worker.reconciler`. Any number may run: an advisory lock lets one act at a time.
+"""
+
+import signal
+import threading
+import time
+from pathlib import Path
+from tempfile import gettempdir
+
+import redis
+import structlog
+from kombu.exceptions import OperationalError
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from store import queue, retention, workers
+from store.database import connect
+from store.logs import configure
+from store.settings import QUEUE, Settings, settings
+from worker.app import drain
+
+log = structlog.get_logger(__name__)
+
+# Any number that is only ours.
+_TRY_LOCK = text("SELECT pg_try_advisory_xact_lock(7265636)")
+SWEEP_EVERY = 600.0
+# Touched at each turn, for health checks.
+PULSE = Path(gettempdir()) / "polycollide-reconciler"
+
+
+class Reconciler:
+    """`turn` after `turn`, each in a transaction under the lock."""
+
+    def __init__(self, database: Engine, settings: Settings) -> None:
+        self._database, self._settings = database, settings
+        self._redis = redis.Redis.from_url(
+            settings.redis_url.get_secret_value(), socket_timeout=2, socket_connect_timeout=2
+        )
+        self._swept = -SWEEP_EVERY
+
+    def turn(self) -> None:
+        """Does what is due; nothing while another reconciler is at it.
+
+        Raises:
+            SQLAlchemyError: the store is away.
+            redis.RedisError, OperationalError (kombu's): the broker is.
+        """
+        with self._database.begin() as connection:
+            if not connection.scalar(_TRY_LOCK):
+                return
+            if expired := queue.expire(connection, self._settings.max_crashes):
+                log.warning("leases ran out", jobs=expired)
+            if time.monotonic() - self._swept > SWEEP_EVERY:
+                self._sweep(connection)
+            waiting, listeners = bool(queue.kinds(connection)), workers.live(connection)
+        if waiting:
+            for _ in range(listeners - self._redis.llen(QUEUE)):
+                drain.apply_async(expires=60, retry=False)
+
+    def _sweep(self, connection: Connection) -> None:
+        deleted = retention.sweep(connection, self._settings)
+        if any(deleted.values()):
+            log.info("swept", **deleted)
+        if max(deleted.values()) < retention.LIMIT:  # else there is more: at the next turn
+            self._swept = time.monotonic()
+
+
+def main() -> None:
+    """Turns until it is told to end."""
+    configure(settings().mode)
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    reconciler = Reconciler(connect(settings()), settings())
+    while not ended.wait(settings().reconcile_every.total_seconds()):
+        try:
+            reconciler.turn()
+        except (SQLAlchemyError, redis.RedisError, OperationalError) as error:
+            log.warning("a turn failed", error=str(error).splitlines()[0])
+        PULSE.touch()
+
+
+if __name__ == "__main__":
+    main()

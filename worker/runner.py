@@ -1,0 +1,367 @@
+"""The loop from claim to result, in the pool's child: claims jobs, runs their engines, ends them.
+
+Three threads: this loop owns the device, a *claimer* talks to the store ahead of it and a *writer*
+behind it, so that the device never waits for SQL. The heartbeat is a fourth.
+"""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from uuid import UUID, uuid4
+
+import numpy as np
+import structlog
+import tenacity
+import torch
+from safetensors.torch import load
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from core import images, models
+from core.engine import Group
+from core.errors import CoreError
+from core.job import Job, measure, prepare
+from core.spec import CollisionSpec
+from store import queue, workers
+from store.database import connect
+from store.queue import Claimed
+from store.settings import Settings
+from worker.bench import Bench
+from worker.heartbeat import Heartbeat
+from worker.plan import Running, choose
+from worker.station import State, Station, is_out_of_memory
+from worker.writer import Writer, checkpoint_path
+
+log = structlog.get_logger(__name__)
+
+AT_ONCE = 64  # jobs of one claim
+# Rows that are claimed of a kind before anybody knows how many are worth it.
+FIRST_ROWS = 64
+PATIENCE = 0.1  # seconds until an empty queue is looked at again, while other jobs run
+ROUND = 0.5  # seconds between two looks at deadlines, checkpoints and snapshots
+OUT_OF_MEMORY = "The device's memory does not hold this job; ask for fewer corners."
+
+
+class Dropped(Exception):
+    """The job is no longer wanted here."""
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """A job that was just claimed, with its images' bytes and where an earlier attempt got."""
+
+    claimed: Claimed
+    source: bytes
+    target: bytes
+    state: State | None
+
+
+@dataclass
+class Held:
+    """A job in a station."""
+
+    claimed: Claimed
+    job: Job
+    station: Station
+    began: float = field(default_factory=time.monotonic)
+    kept: float = field(default_factory=time.monotonic)  # when its last checkpoint was
+    shown: int = 0  # steps of its last snapshot
+
+    @property
+    def id(self) -> UUID:
+        return self.claimed.lease.job_id
+
+
+class Runner:
+    """What one child of a worker's pool does. `start` once, then `drain` whenever a bell rings."""
+
+    def __init__(self, settings: Settings, slot: str) -> None:
+        self._settings, self._slot, self._id = settings, slot, uuid4()
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._database = connect(settings)
+        self._bench = Bench(self._device)
+        self._stations: dict[str, Station] = {}
+        self._opened: dict[str, float] = {}  # since when a kind has had jobs here
+        self._held: dict[UUID, Held] = {}
+        self._servable: set[str] = set()
+        name = torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
+        self._beat = Heartbeat(self._database, settings, self._id, slot, name)
+        self._writer = Writer(self._database, settings, self._beat.drop)
+        self._claimer = ThreadPoolExecutor(1, thread_name_prefix="claimer")
+        self._steps, self._round_began = 0, time.monotonic()
+
+    @tenacity.retry(
+        retry=tenacity.retry_if_exception_type(SQLAlchemyError),
+        wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
+    )
+    def _register(self) -> None:
+        listed = models.listed()
+        self._servable = {model.name for model in listed}
+        reports = [
+            {
+                "name": model.name,
+                "weights": list(model.weights),
+                "input_shape": list(model.input_shape),
+                "classes": None,
+                "origin": "own" if model.origin.endswith(".toml") else model.origin,
+                "ready": model.ready,
+            }
+            for model in listed
+        ]
+        with self._database.begin() as connection:
+            workers.register(connection, self._id, self._slot, self._beat.device)
+            queue.expire(connection, self._settings.max_crashes)
+            workers.report_models(connection, self._slot, reports)
+            wanted = connection.scalars(
+                text("SELECT checkpoint_sha256 FROM jobs WHERE checkpoint_sha256 IS NOT NULL")
+            )
+            kept = {checkpoint_path(self._settings.checkpoint_dir, sha256) for sha256 in wanted}
+        for path in self._settings.checkpoint_dir.glob("*.safetensors"):
+            if path not in kept:
+                path.unlink(missing_ok=True)
+
+    def start(self) -> None:
+        """Enters this worker in the store and starts its threads."""
+        self._register()
+        self._beat.start()
+        self._writer.start()
+        log.info("worker ready", slot=self._slot, device=self._beat.device)
+
+    def drain(self) -> None:
+        """Runs jobs until none is left, or until this worker is to end."""
+        claim: Future[list[Fresh]] | None = None
+        looked, more = 0.0, True
+        while not self._beat.draining:
+            if claim and claim.done():
+                fresh, claim = claim.result(), None
+                more = bool(fresh)
+                for each in fresh:
+                    self._take(each)
+            if not claim and (more or time.monotonic() - looked > PATIENCE):
+                looked, claim = time.monotonic(), self._claimer.submit(self._claim, self._view())
+            self._obey()
+            station = min(
+                (s for s in self._stations.values() if s.rows), key=lambda s: s.spent, default=None
+            )
+            if station:
+                self._advance(station)
+            elif claim and more:
+                claim.exception()  # waits
+            elif self._writer.busy:
+                self._writer.join_all()
+            else:
+                break
+        self._hand_back(claim)
+        self._beat.steps_per_second = 0.0
+
+    def _view(self) -> dict[str, Running]:
+        """What runs here, for the claimer."""
+        now = time.monotonic()
+        jobs = [held.claimed.batch_key for held in self._held.values()]
+        return {
+            key: Running(jobs.count(key), station.limit - station.rows, now - self._opened.get(key, now))
+            for key, station in self._stations.items()
+        }
+
+    def _claim(self, running: dict[str, Running]) -> list[Fresh]:
+        """In the claimer's thread: jobs for the room there is."""
+        taken: list[Claimed] = []
+        try:
+            with self._database.begin() as connection:
+                for key in choose(queue.kinds(connection), running, self._servable):
+                    now = running.get(key)
+                    taken += queue.claim(
+                        connection,
+                        batch_key=key,
+                        rows=now.room if now else FIRST_ROWS,
+                        jobs=AT_ONCE,
+                        at_least_one=now is None or not now.jobs,
+                        worker_id=self._id,
+                        lease=self._settings.lease,
+                    )
+            for claimed in taken:
+                self._beat.hold(claimed.lease)
+            hashes = [h for c in taken for h in (c.source[1], c.target[1], c.checkpoint_sha256)]
+            with self._database.begin() as connection:
+                found = queue.read_blobs(connection, [h for h in hashes if h])
+        except SQLAlchemyError as error:
+            log.warning("nothing could be claimed", error=str(error).splitlines()[0])
+            for claimed in taken:  # their leases run out
+                self._beat.drop(claimed.lease.job_id)
+            time.sleep(1)
+            return []
+        return [
+            Fresh(c, found[c.source[1]], found[c.target[1]], self._saved(c, found)) for c in taken
+        ]
+
+    def _saved(self, claimed: Claimed, found: dict[str, bytes]) -> State | None:
+        sha256 = claimed.checkpoint_sha256
+        if sha256 is None:
+            return None
+        path = checkpoint_path(self._settings.checkpoint_dir, sha256)
+        content = found.get(sha256) or (path.read_bytes() if path.exists() else None)
+        return load(content) if content else None
+
+    def _take(self, fresh: Fresh) -> None:
+        """Opens a job's network, prepares the job and admits it."""
+        claimed = fresh.claimed
+        try:
+            spec = CollisionSpec.model_validate(claimed.spec)
+            station = self._station(claimed.batch_key, spec)
+            shape = station.subject.model.preprocessing
+            job = prepare(
+                station.subject,
+                spec,
+                images.load(claimed.source[0], fresh.source, shape),
+                images.load(claimed.target[0], fresh.target, shape),
+                key=str(claimed.lease.job_id),
+            )
+        except Exception as error:
+            self._fail(claimed, error)
+            return
+        if not station.rows:
+            self._opened[claimed.batch_key] = time.monotonic()
+        station.admit(job, fresh.state)
+        self._held[claimed.lease.job_id] = Held(claimed, job, station)
+        log.info("began", job=str(claimed.lease.job_id), attempt=claimed.attempt)
+
+    def _station(self, batch_key: str, spec: CollisionSpec) -> Station:
+        if batch_key not in self._stations:
+            self._beat.opening = True  # a download is no step, but takes its time
+            try:
+                station = Station(self._bench.subject(spec), spec, self._on_step)
+            finally:
+                self._beat.opening = False
+            # A newcomer starts level with the others.
+            station.spent = min((s.spent for s in self._stations.values()), default=0.0)
+            for idle in [key for key, other in self._stations.items() if not other.rows]:
+                del self._stations[idle]
+            self._stations[batch_key] = station
+        return self._stations[batch_key]
+
+    def _on_step(self) -> None:
+        self._beat.alive()
+        self._steps += 1
+
+    def _advance(self, station: Station) -> None:
+        began = time.perf_counter()
+        finished, broken = station.advance()
+        for group in finished:
+            self._finish(self._held[UUID(group.key)])
+        for each in broken:
+            self._fail(self._held.pop(UUID(each.key)).claimed, each.error)
+        station.spent += time.perf_counter() - began
+
+    def _finish(self, held: Held) -> None:
+        """Measures a job whose rows have all ended, and passes it on to be written."""
+        del self._held[held.id]
+        if not np.isfinite(held.job.group.score).any():
+            self._writer.fail(
+                held.claimed.lease,
+                "diverged",
+                "No corner ever had finite losses; give a smaller learning_rate.",
+            )
+            return
+        while True:
+            try:
+                outcome = measure(held.station.subject, held.job, lambda: self._on_chunk(held))
+            except Dropped:
+                self._let_go(held, None)
+            except Exception as error:
+                if is_out_of_memory(error) and held.station.shrink():
+                    continue
+                self._fail(held.claimed, error)
+            else:
+                self._writer.succeed(held.claimed.lease, held.job, outcome)
+            return
+
+    def _on_chunk(self, held: Held) -> None:
+        self._beat.alive()
+        if held.id in self._beat.canceled | self._beat.lost or self._beat.draining:
+            raise Dropped
+        if time.monotonic() - held.began > held.claimed.deadline_seconds:
+            raise TimeoutError
+
+    def _obey(self) -> None:
+        """Lets go of what was canceled or lost; now and then looks after each job."""
+        for job_id in self._beat.canceled | self._beat.lost:
+            if held := self._held.pop(job_id, None):
+                self._let_go(held, held.station.withdraw(held.job.group.key))
+        now = time.monotonic()
+        if now - self._round_began < ROUND:
+            return
+        rate = self._steps / (now - self._round_began)
+        self._beat.steps_per_second = rate
+        self._steps, self._round_began = 0, now
+        for held in list(self._held.values()):
+            self._look_after(held, now)
+
+    def _look_after(self, held: Held, now: float) -> None:
+        lease, group = held.claimed.lease, held.job.group
+        if now - held.began > held.claimed.deadline_seconds:
+            del self._held[held.id]
+            held.station.withdraw(group.key)
+            self._fail(held.claimed, TimeoutError())
+            return
+        if now - held.began < 2 * ROUND or not held.station.runs(group):
+            return
+        self._beat.tell(lease, _progress(group, now - held.began))
+        if group.snapshots.steps and group.snapshots.steps[-1] > held.shown:
+            held.shown = group.snapshots.steps[-1]
+            self._writer.snapshot(lease, held.shown, group.snapshots.values[-1].numpy())
+        if now - held.kept > self._settings.checkpoint_every.total_seconds():
+            held.kept = now
+            self._writer.checkpoint(lease, _own(held.station.state_of(group.key)))
+
+    def _let_go(self, held: Held, state: State | None) -> None:
+        """Gives a job back, with its state; one that was to be canceled then is, one lost is not
+        ours to write to.
+        """
+        if held.id in self._beat.lost:
+            self._beat.drop(held.id)
+            return
+        if state is not None and held.id not in self._beat.canceled:
+            self._writer.checkpoint(held.claimed.lease, _own(state))
+        reason = "Handed back by a worker that ended; it goes on where it stood."
+        self._writer.release(held.claimed.lease, reason)
+
+    def _hand_back(self, claim: Future[list[Fresh]] | None) -> None:
+        """Gives back whatever is still here."""
+        for fresh in claim.result() if claim else []:
+            self._writer.release(fresh.claimed.lease, "Handed back by a worker that ended.")
+        for held in self._held.values():
+            self._let_go(held, held.station.withdraw(held.job.group.key))
+        self._held.clear()
+        self._writer.join_all()
+
+    def _fail(self, claimed: Claimed, error: Exception) -> None:
+        if isinstance(error, CoreError):
+            code, message = error.code, str(error)
+        elif isinstance(error, TimeoutError):
+            code = "timeout"
+            message = f"The job took more than its {claimed.deadline_seconds:g} s."
+        elif is_out_of_memory(error):
+            code, message = "out_of_memory", OUT_OF_MEMORY
+        else:
+            log.error("a job failed", job=str(claimed.lease.job_id), exc_info=error)
+            code, message = "internal_error", f"{type(error).__name__}: {error}"
+        self._writer.fail(claimed.lease, code, message)
+
+
+def _progress(group: Group, seconds: float) -> dict[str, float | int | None]:
+    """What `progress` of a job tells; `eta` is in seconds, and a bound where rows converge."""
+    rate = group.age / seconds
+    worst = np.nanmax(group.latest[:, 0], initial=-np.inf)
+    left = max(0, group.spec.max_steps - group.age)
+    return {
+        "steps": min(group.age, group.spec.max_steps),
+        "rows_left": int(group.running.sum()),
+        "worst_l_pos": float(worst) if np.isfinite(worst) else None,
+        "steps_per_second": rate,
+        "eta": left / rate if rate else None,
+    }
+
+
+def _own(state: State) -> State:
+    """A copy on the CPU that the engine does not write to."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}

@@ -1,0 +1,121 @@
+"""One kind of jobs on a worker: its network, its engine, and as many rows as are worth it.
+
+Anything that goes wrong in a step halves the rows: what is taken out waits, in the state it had,
+and goes on later. So memory that runs out costs time but no job, and a job that breaks every step
+it takes part in ends alone.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import structlog
+import torch
+from core.capacity import rows_worth
+from torch import Tensor
+
+from core.engine import Group
+from core.job import Job, Subject
+from core.spec import CollisionSpec
+
+log = structlog.get_logger(__name__)
+
+State = Mapping[str, Tensor]
+# Strides without trouble after which twice as many rows are tried again.
+RECOVERY = 100
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the machine had no memory left."""
+    told = "allocate memory" in str(error)  # what torch says of the CPU's
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or told
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A job that fails in whatever company, and why."""
+
+    key: str
+    error: Exception
+
+
+class Station:
+    """Jobs of one batch key. `admit` them, `advance` all, take them out by `withdraw`."""
+
+    def __init__(self, subject: Subject, spec: CollisionSpec, on_step: Callable[[], None]) -> None:
+        self.subject = subject
+        self.capacity = rows_worth(subject, spec)
+        self.limit = self.capacity
+        self.spent = 0.0  # seconds of this worker's time, for the turns between kinds
+        self._engine = subject.engine(spec, on_step)
+        self._waiting: deque[tuple[Group, State | None]] = deque()
+        self._quiet = 0
+
+    @property
+    def rows(self) -> int:
+        """In flight, in the engine or waiting for it."""
+        groups = [*self._engine.groups, *(group for group, _ in self._waiting)]
+        return sum(group.spec.corners for group in groups)
+
+    def runs(self, group: Group) -> bool:
+        """Whether a job is in the engine."""
+        return any(group is other for other in self._engine.groups)
+
+    def admit(self, job: Job, state: State | None) -> None:
+        """Lets a job join, where `state` left it."""
+        self._waiting.append((job.group, state))
+
+    def advance(self) -> tuple[list[Group], list[Broken]]:
+        """Takes all rows a stride further; who is finished, and who cannot go on."""
+        self._fill()
+        try:
+            finished = self._engine.advance()
+        except Exception as error:
+            return [], self._halve(error)
+        self._quiet += 1
+        if self._quiet > RECOVERY and self.limit < self.capacity:
+            self._quiet, self.limit = 0, min(2 * self.limit, self.capacity)
+        return finished, []
+
+    def withdraw(self, key: str) -> State | None:
+        """Takes a job out; its state, null where it has not begun."""
+        for entry in self._waiting:
+            if entry[0].key == key:
+                self._waiting.remove(entry)
+                return entry[1]
+        return self._engine.withdraw(key)
+
+    def state_of(self, key: str) -> State:
+        """Where a job in the engine stands."""
+        return self._engine.state_of(key)
+
+    def _fill(self) -> None:
+        rows = sum(group.spec.corners for group in self._engine.groups)
+        while self._waiting:
+            group, state = self._waiting[0]
+            rows += group.spec.corners
+            if rows > self.limit and rows > group.spec.corners:
+                return
+            self._waiting.popleft()
+            self._engine.admit(group, state)
+
+    def shrink(self) -> bool:
+        """Takes half of the jobs out of the engine, to wait; whether there was any."""
+        groups = self._engine.groups
+        rows = sum(group.spec.corners for group in groups)
+        self._quiet, self.limit = 0, max(1, rows // 2)
+        for group in groups[len(groups) // 2 :]:
+            self._waiting.append((group, self._engine.withdraw(group.key)))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return bool(groups)
+
+    def _halve(self, error: Exception) -> list[Broken]:
+        groups = self._engine.groups
+        if len(groups) > 1:
+            log.warning("a step failed: half of the jobs wait", jobs=len(groups), error=repr(error))
+            self.shrink()
+            return []
+        for group in groups:
+            self._engine.withdraw(group.key)
+        return [Broken(group.key, error) for group in groups]
