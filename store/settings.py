@@ -10,6 +10,9 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import URL, make_url
 
+# What a doorbell says, and where it hangs: the name of a list in Redis.
+DRAIN_TASK, QUEUE = "polycollide.drain", "polycollide"
+
 DEFAULT_PASSWORD = "polycollide"  # noqa: S105 - refused outside local mode
 
 
@@ -38,6 +41,7 @@ class Settings(BaseSettings):
     stall_after: timedelta = Field(
         timedelta(minutes=5), description="A worker without a step for so long is taken for hung."
     )
+    jobs_at_once: int = Field(256, ge=1, description="That a worker holds.")
     max_crashes: int = Field(
         3, ge=1, description="Attempts that may end with their worker, before the job fails."
     )
@@ -50,6 +54,11 @@ class Settings(BaseSettings):
     )
     soft_shutdown: timedelta = timedelta(seconds=20)
     reconcile_every: timedelta = timedelta(seconds=2)
+
+    watch_for: timedelta = Field(
+        timedelta(minutes=15),
+        description="A stream of events ends then; clients come back with `Last-Event-ID`.",
+    )
 
     max_queued_jobs: int = Field(100_000, description="That a key may have waiting.")
     max_body_bytes: int = 256 * 2**20

@@ -11,10 +11,10 @@ from typing import Any
 
 from celery import Celery, signals
 from celery.signals import worker_process_init, worker_shutting_down
-from store.logs import configure
 
 from store import workers
 from store.database import connect
+from store.logs import configure
 from store.settings import DRAIN_TASK, QUEUE, settings
 
 app = Celery("polycollide", broker=settings().redis_url.get_secret_value(), set_as_current=False)

@@ -57,7 +57,7 @@ class Reconciler:
             waiting, listeners = bool(queue.kinds(connection)), workers.live(connection)
         if waiting:
             for _ in range(listeners - self._redis.llen(QUEUE)):
-                drain.apply_async(expires=60, retry=False)
+                drain.apply_async(retry=False)
 
     def _sweep(self, connection: Connection) -> None:
         deleted = retention.sweep(connection, self._settings)

@@ -5,7 +5,7 @@ behind it, so that the device never waits for SQL. The heartbeat is a fourth.
 """
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from uuid import UUID, uuid4
 
@@ -30,11 +30,11 @@ from worker.bench import Bench
 from worker.heartbeat import Heartbeat
 from worker.plan import Running, choose
 from worker.station import State, Station, is_out_of_memory
+from worker.timing import Stages
 from worker.writer import Writer, checkpoint_path
 
 log = structlog.get_logger(__name__)
 
-AT_ONCE = 64  # jobs of one claim
 # Rows that are claimed of a kind before anybody knows how many are worth it.
 FIRST_ROWS = 64
 PATIENCE = 0.1  # seconds until an empty queue is looked at again, while other jobs run
@@ -86,7 +86,8 @@ class Runner:
         self._servable: set[str] = set()
         name = torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
         self._beat = Heartbeat(self._database, settings, self._id, slot, name)
-        self._writer = Writer(self._database, settings, self._beat.drop)
+        self._stages = Stages()
+        self._writer = Writer(self._database, settings, self._beat.drop, self._stages)
         self._claimer = ThreadPoolExecutor(1, thread_name_prefix="claimer")
         self._steps, self._round_began = 0, time.monotonic()
 
@@ -129,14 +130,16 @@ class Runner:
 
     def drain(self) -> None:
         """Runs jobs until none is left, or until this worker is to end."""
+        began = time.perf_counter()
         claim: Future[list[Fresh]] | None = None
         looked, more = 0.0, True
         while not self._beat.draining:
             if claim and claim.done():
                 fresh, claim = claim.result(), None
                 more = bool(fresh)
-                for each in fresh:
-                    self._take(each)
+                with self._stages("prepare"):
+                    for each in fresh:
+                        self._take(each)
             if not claim and (more or time.monotonic() - looked > PATIENCE):
                 looked, claim = time.monotonic(), self._claimer.submit(self._claim, self._view())
             self._obey()
@@ -145,36 +148,46 @@ class Runner:
             )
             if station:
                 self._advance(station)
-            elif claim and more:
-                claim.exception()  # waits
-            elif self._writer.busy:
-                self._writer.join_all()
+            elif claim or self._writer.busy:
+                with self._stages("idle"):
+                    if claim:
+                        wait([claim], timeout=PATIENCE)
+                    else:
+                        time.sleep(PATIENCE / 20)
             else:
                 break
         self._hand_back(claim)
         self._beat.steps_per_second = 0.0
+        log.info("drained", seconds=round(time.perf_counter() - began, 4), **self._stages.take())
 
     def _view(self) -> dict[str, Running]:
         """What runs here, for the claimer."""
         now = time.monotonic()
         jobs = [held.claimed.batch_key for held in self._held.values()]
         return {
-            key: Running(jobs.count(key), station.limit - station.rows, now - self._opened.get(key, now))
+            key: Running(jobs.count(key), station.room, now - self._opened.get(key, now))
             for key, station in self._stations.items()
         }
 
     def _claim(self, running: dict[str, Running]) -> list[Fresh]:
         """In the claimer's thread: jobs for the room there is."""
+        with self._stages("claim"):
+            return self._claim_now(running)
+
+    def _claim_now(self, running: dict[str, Running]) -> list[Fresh]:
         taken: list[Claimed] = []
+        places = self._settings.jobs_at_once - sum(now.jobs for now in running.values())
         try:
             with self._database.begin() as connection:
                 for key in choose(queue.kinds(connection), running, self._servable):
                     now = running.get(key)
+                    if len(taken) == places:
+                        break
                     taken += queue.claim(
                         connection,
                         batch_key=key,
                         rows=now.room if now else FIRST_ROWS,
-                        jobs=AT_ONCE,
+                        jobs=places - len(taken),
                         at_least_one=now is None or not now.jobs,
                         worker_id=self._id,
                         lease=self._settings.lease,
@@ -245,7 +258,8 @@ class Runner:
 
     def _advance(self, station: Station) -> None:
         began = time.perf_counter()
-        finished, broken = station.advance()
+        with self._stages("optimise"):
+            finished, broken = station.advance()
         for group in finished:
             self._finish(self._held[UUID(group.key)])
         for each in broken:
@@ -264,9 +278,10 @@ class Runner:
             return
         while True:
             try:
-                outcome = measure(held.station.subject, held.job, lambda: self._on_chunk(held))
+                with self._stages("measure"):
+                    outcome = measure(held.station.subject, held.job, lambda: self._on_chunk(held))
             except Dropped:
-                self._let_go(held, None)
+                self._let_go(held)
             except Exception as error:
                 if is_out_of_memory(error) and held.station.shrink():
                     continue
@@ -286,7 +301,7 @@ class Runner:
         """Lets go of what was canceled or lost; now and then looks after each job."""
         for job_id in self._beat.canceled | self._beat.lost:
             if held := self._held.pop(job_id, None):
-                self._let_go(held, held.station.withdraw(held.job.group.key))
+                self._let_go(held)
         now = time.monotonic()
         if now - self._round_began < ROUND:
             return
@@ -300,7 +315,7 @@ class Runner:
         lease, group = held.claimed.lease, held.job.group
         if now - held.began > held.claimed.deadline_seconds:
             del self._held[held.id]
-            held.station.withdraw(group.key)
+            held.station.withdraw(group)
             self._fail(held.claimed, TimeoutError())
             return
         if now - held.began < 2 * ROUND or not held.station.runs(group):
@@ -311,17 +326,18 @@ class Runner:
             self._writer.snapshot(lease, held.shown, group.snapshots.values[-1].numpy())
         if now - held.kept > self._settings.checkpoint_every.total_seconds():
             held.kept = now
-            self._writer.checkpoint(lease, _own(held.station.state_of(group.key)))
+            self._writer.checkpoint(lease, held.station.state_of(group))
 
-    def _let_go(self, held: Held, state: State | None) -> None:
+    def _let_go(self, held: Held) -> None:
         """Gives a job back, with its state; one that was to be canceled then is, one lost is not
         ours to write to.
         """
+        state = held.station.withdraw(held.job.group)
         if held.id in self._beat.lost:
             self._beat.drop(held.id)
             return
         if state is not None and held.id not in self._beat.canceled:
-            self._writer.checkpoint(held.claimed.lease, _own(state))
+            self._writer.checkpoint(held.claimed.lease, state)
         reason = "Handed back by a worker that ended; it goes on where it stood."
         self._writer.release(held.claimed.lease, reason)
 
@@ -330,7 +346,7 @@ class Runner:
         for fresh in claim.result() if claim else []:
             self._writer.release(fresh.claimed.lease, "Handed back by a worker that ended.")
         for held in self._held.values():
-            self._let_go(held, held.station.withdraw(held.job.group.key))
+            self._let_go(held)
         self._held.clear()
         self._writer.join_all()
 
@@ -360,8 +376,3 @@ def _progress(group: Group, seconds: float) -> dict[str, float | int | None]:
         "steps_per_second": rate,
         "eta": left / rate if rate else None,
     }
-
-
-def _own(state: State) -> State:
-    """A copy on the CPU that the engine does not write to."""
-    return {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}

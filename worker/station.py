@@ -57,6 +57,12 @@ class Station:
         groups = [*self._engine.groups, *(group for group, _ in self._waiting)]
         return sum(group.spec.corners for group in groups)
 
+    @property
+    def room(self) -> int:
+        """Rows to be claimed; none where so few are free that claiming them costs more."""
+        free = self.limit - self.rows
+        return free if free >= self.limit // 4 else 0
+
     def runs(self, group: Group) -> bool:
         """Whether a job is in the engine."""
         return any(group is other for other in self._engine.groups)
@@ -77,17 +83,19 @@ class Station:
             self._quiet, self.limit = 0, min(2 * self.limit, self.capacity)
         return finished, []
 
-    def withdraw(self, key: str) -> State | None:
-        """Takes a job out; its state, null where it has not begun."""
+    def withdraw(self, group: Group) -> State | None:
+        """Takes a job out, finished or not; its state, null where it has not begun."""
         for entry in self._waiting:
-            if entry[0].key == key:
+            if entry[0] is group:
                 self._waiting.remove(entry)
                 return entry[1]
-        return self._engine.withdraw(key)
+        if not self.runs(group):
+            self._engine.admit(group)  # only to be asked for its state
+        return self._engine.withdraw(group.key)
 
-    def state_of(self, key: str) -> State:
+    def state_of(self, group: Group) -> State:
         """Where a job in the engine stands."""
-        return self._engine.state_of(key)
+        return self._engine.state_of(group.key)
 
     def _fill(self) -> None:
         rows = sum(group.spec.corners for group in self._engine.groups)

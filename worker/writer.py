@@ -25,6 +25,7 @@ from core.job import Job, Outcome
 from store import blobs, queue
 from store.queue import Finished, Lease
 from store.settings import Settings
+from worker.timing import Stages
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -49,10 +50,15 @@ class Writer(threading.Thread):
     """Takes results and other news; calls `on_end` with the id of each job that is done with."""
 
     def __init__(
-        self, database: Engine, settings: Settings, on_end: Callable[[UUID], None]
+        self,
+        database: Engine,
+        settings: Settings,
+        on_end: Callable[[UUID], None],
+        stages: Stages,
     ) -> None:
         super().__init__(name="writer", daemon=True)
-        self._database, self._settings, self._on_end = database, settings, on_end
+        self._database, self._settings = database, settings
+        self._on_end, self._stages = on_end, stages
         self._todo: queues.Queue[tuple[Lease, Job, Outcome] | Callable[[], None]]
         self._todo = queues.Queue(BACKLOG)
 
@@ -117,7 +123,8 @@ class Writer(threading.Thread):
         finished = []
         for lease, job, outcome in done:
             try:
-                finished.append(_encode(lease, job, outcome))
+                with self._stages("encode"):
+                    finished.append(_encode(lease, job, outcome))
             except Exception as error:
                 log.exception("could not be encoded", job=str(lease.job_id))
                 self._fail(lease, "internal_error", f"The result could not be drawn: {error}")
@@ -168,13 +175,15 @@ class Writer(threading.Thread):
             with self._database.begin() as connection:
                 return action(connection)
 
+        # A new one each time: it counts its attempts.
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(lambda error: not _is_lasting(error)),
             wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
             stop=tenacity.stop_after_delay(GIVE_UP_AFTER),
             reraise=True,
         )
-        return retrying(once)
+        with self._stages("write"):
+            return retrying(once)
 
 
 def checkpoint_path(folder: Path, sha256: str) -> Path:

@@ -1,0 +1,27 @@
+"""Where a worker's time goes, by stage, for its log and the benchmarks."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Stages:
+    """Seconds by name. Each stage belongs to one thread."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Adds the time of its context to `name`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - began
+
+    def take(self) -> dict[str, float]:
+        """What has gone since the last call."""
+        taken, self._seconds = self._seconds, defaultdict(float)
+        return {name: round(seconds, 4) for name, seconds in taken.items()}
