@@ -100,6 +100,8 @@ def solve(subject: job.Subject, jobs: list[job.Job]) -> None:
 PARTS: dict[str, tuple[object, str]] = {
     "prepare": (job, "prepare"),
     "optimise": (job.Engine, "advance"),
+    "interpolation": (interpolate, "sample_polytope"),
+    "ball": (interpolate, "measure_ball"),
     "corners": (job, "_corner_results"),
     "weights, summary": (interpolate, "summarize"),
     "distances": (interpolate, "measure_polytope"),
@@ -108,11 +110,6 @@ PARTS: dict[str, tuple[object, str]] = {
     "curves.png": (figures, "draw_curves"),
     "snapshots.png": (figures, "draw_snapshots"),
     "files": (local, "write"),
-}
-LOOKS = {
-    "float_forward": "interpolation, float",
-    "rounded_forward": "interpolation, 8 bits",
-    "forward": "ball",
 }
 
 
@@ -123,7 +120,7 @@ class Split:
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.inner = [0.0]
 
-    def timed(self, name: Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             self.inner.append(0.0)
             began = time.perf_counter()
@@ -131,7 +128,7 @@ class Split:
                 return function(*args, **kwargs)
             finally:
                 took = time.perf_counter() - began
-                self.seconds[name(*args)][-1] += took - self.inner.pop()
+                self.seconds[part][-1] += took - self.inner.pop()
                 self.inner[-1] += took
 
         return call
@@ -141,14 +138,12 @@ class Split:
         """Times the parts of the jobs that are run inside."""
         with ExitStack() as stack:
             for part, (owner, name) in PARTS.items():
-                timed = self.timed(lambda *_, part=part: part, getattr(owner, name))
+                timed = self.timed(part, getattr(owner, name))
                 stack.enter_context(mock.patch.object(owner, name, timed))
-            look = self.timed(lambda forward, *_: LOOKS[forward.__name__], interpolate._look)
-            stack.enter_context(mock.patch.object(interpolate, "_look", look))
             yield
 
     def next_job(self) -> None:
-        for part in (*PARTS, *LOOKS.values()):
+        for part in PARTS:
             self.seconds[part].append(0.0)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,10 @@ RUNNING, CONVERGED, MAX_STEPS, MAX_SECONDS, DIVERGED, STOPPED = range(6)
 # Decay of the gradient's average, and Adam's of its square.
 DECAYS = {"gd": (0.0, 0.0), "momentum": (0.99, 0.0), "adam": (0.9, 0.999)}
 EPSILON = 1e-8
+# The names in a saved state: of rows, of what the host knows, of its records.
+ROW_STATE = ("parameters", "mean", "square", "kept", "score")
+HOST_STATE = ("job", "best", "steps", "reason", "clock")
+RECORDS, PARTS = ("curves", "snapshots"), ("steps", "values")
 
 
 class UnfitState(CoreError):
@@ -55,7 +59,8 @@ class Record:
     values: list[Tensor] = field(default_factory=list)
 
     def note(self, step: int, value: Callable[[], Tensor]) -> None:
-        if self.size and step % self.every == 0:
+        seen = self.steps and self.steps[-1] == step  # by a check that is made again
+        if self.size and step % self.every == 0 and not seen:
             self.steps.append(step)
             self.values.append(value())
             if len(self.steps) > 2 * self.size:
@@ -63,7 +68,7 @@ class Record:
                 self.every *= 2
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """One job in the engine: K rows, whose `losses` it brings, and what became of them.
 
@@ -139,75 +144,169 @@ class _Rows(RowTensors):
 class Engine:
     """Steps any number of groups that share a batch key through one `tap`.
 
-    `admit` groups at any time; `advance` until `groups` is empty.
+    `admit` groups at any time; `advance` until `groups` is empty. `on_step` is called after each
+    step, for whoever watches whether this goes on.
+
+    Whatever `advance` raises (no memory left, say, or what `on_step` raised), no row has moved:
+    the next call goes on exactly, with all groups or without those withdrawn in between. What the
+    stride's check has found (curves, best states, groups that ended) stays found: to look at the
+    same rows again changes nothing.
     """
 
-    def __init__(self, tap: Tap, optimizer: str, *, tf32: bool = False) -> None:
-        self.tap, self.optimizer, self.tf32 = tap, optimizer, tf32
+    def __init__(
+        self,
+        tap: Tap,
+        optimizer: str,
+        *,
+        tf32: bool = False,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.tap, self.optimizer, self.tf32, self.on_step = tap, optimizer, tf32, on_step
         self.parametrization = Pixels()
-        self.groups: list[Group] = []
-        self._waiting: list[Group] = []
-        # Of the first rows, without fillers: the group's place in `groups`, the corner's number.
+        self._groups: list[Group] = []
+        # Those that join at the next stride, each with its rows and their corners' numbers.
+        self._waiting: list[tuple[Group, _Rows, Integers]] = []
+        self._finished: list[Group] = []
+        # Of the first rows, without fillers: the group's place in `_groups`, the corner's number.
         self._owner: Integers = np.empty(0, np.int64)
         self._corner: Integers = np.empty(0, np.int64)
         self._rows: _Rows
 
-    def admit(self, group: Group) -> None:
-        """Lets `group` join at the next stride."""
-        self._waiting.append(group)
+    @property
+    def groups(self) -> list[Group]:
+        """All that are here: admitted, and not returned by `advance` or taken out since."""
+        return [*self._groups, *(group for group, *_ in self._waiting), *self._finished]
+
+    def admit(self, group: Group, state: Mapping[str, Tensor] | None = None) -> None:
+        """Lets `group` join at the next stride; anew, or from a `state_of` the same job.
+
+        Raises:
+            UnfitState: `state` is that of another job or version.
+        """
+        rows = self._fresh_rows(group)
+        if state is not None:
+            _restore(group, rows, state)
+            group.corners = self.parametrization.images(rows.kept)
+        if not group.running.any():
+            self._finished.append(group)
+            return
+        corner = np.flatnonzero(group.running)
+        self._waiting.append((group, rows.select(_index(corner, rows)), corner))
 
     def advance(self) -> list[Group]:
         """Takes all rows `STRIDE` steps further; returns the groups found finished on the way."""
         began = time.perf_counter()
         self._join()
-        company, finished = list(self.groups), list[Group]()
+        company = list(self._groups)
         with matmul_precision(tf32=self.tf32):
-            if self.groups:
+            if self._groups:
                 leaf, pre = self._forward()
                 if self._check(pre.detach()):
-                    finished = self._retire()
-                    if self.groups:
+                    self._retire()
+                    if self._groups:
                         leaf, pre = self._forward()
-            if self.groups:
-                (rates, epsilons), bounds = self._rates(), self._bounds()
-                for i in range(STRIDE):
-                    if i:
-                        leaf, pre = self._forward()
-                    self._step(leaf, pre, rates[i], epsilons[i], bounds)
+            if self._groups:
+                self._stride(leaf, pre)
         seconds = time.perf_counter() - began
         for group in company:
             group.seconds += seconds
-        for group in self.groups:
+        for group in self._groups:
             group.age += STRIDE
+        finished, self._finished = self._finished, []
         return finished
 
     def stop(self, key: str) -> Group:
         """Ends the group called `key` and returns it, its best states kept.
 
         Raises:
-            UnknownName: no group of that key takes steps here.
+            UnknownName: no group of that key is here.
         """
-        self._join()
-        group = next((g for g in self.groups if g.key == key), None)
-        if group is None:
-            raise UnknownName("running job", key, [g.key for g in self.groups])
+        group, rows, corner = self._share(key)
+        group.corners[_index(corner, rows)] = self.parametrization.images(rows.kept)
         group.reason[group.running] = STOPPED
-        self._retire()
+        self._drop(group)
         return group
+
+    def withdraw(self, key: str) -> dict[str, Tensor]:
+        """Takes the group called `key` out as it is and returns its state, as `state_of` does."""
+        state = self.state_of(key)
+        self._drop(self._share(key)[0])
+        return state
+
+    def state_of(self, key: str) -> dict[str, Tensor]:
+        """All that the group called `key` needs to go on exactly, in any engine of its batch key.
+
+        Plain tensors by name, on the CPU, that share nothing with the engine.
+
+        Raises:
+            UnknownName: no group of that key is here.
+        """
+        group, rows, corner = self._share(key)
+        state: dict[str, Tensor] = {}
+        for name in ROW_STATE:
+            own = getattr(rows, name).cpu()
+            whole = own.new_zeros(group.spec.corners, *own.shape[1:])
+            if name == "kept":
+                whole = group.corners.cpu().clone()
+            whole[torch.from_numpy(corner)] = own
+            state[name] = whole
+        host: dict[str, Any] = {
+            "job": list(group.fingerprint),
+            "best": group.score,
+            "steps": group.steps,
+            "reason": group.reason,
+            "clock": np.array([group.age, group.seconds]),
+        }
+        state |= {name: torch.tensor(value) for name, value in host.items()}
+        for name in RECORDS:
+            record: Record = getattr(group, name)
+            state[f"{name}.steps"] = torch.tensor([record.every, *record.steps])
+            values = torch.stack(record.values) if record.values else torch.empty(0)
+            state[f"{name}.values"] = values
+        return state
+
+    def _share(self, key: str) -> tuple[Group, _Rows, Integers]:
+        """The group called `key`, what the device holds of its rows, and their corners' numbers."""
+        for waiting in self._waiting:
+            if waiting[0].key == key:
+                return waiting
+        for group, where in self._places():
+            if group.key == key:
+                rows = self._rows.select(_index(np.arange(where.start, where.stop), self._rows))
+                return group, rows, self._corner[where]
+        for group in self._finished:
+            if group.key == key:
+                none, rows = np.empty(0, np.int64), self._fresh_rows(group)
+                return group, rows.select(_index(none, rows)), none
+        raise UnknownName("running job", key, [group.key for group in self.groups])
+
+    def _drop(self, group: Group) -> None:
+        self._waiting = [waiting for waiting in self._waiting if waiting[0] is not group]
+        self._finished = [other for other in self._finished if other is not group]
+        if group in self._groups:
+            self._keep(self._owner != self._groups.index(group))
+
+    def _keep(self, stay: NDArray[np.bool_]) -> None:
+        """Takes all rows [R] off the device but those that `stay`, and groups without any left."""
+        owners, owner = np.unique(self._owner[stay], return_inverse=True)
+        if len(owners):  # first, since it may fail for want of memory
+            self._rows = _filled(self._rows, np.flatnonzero(stay))
+        self._owner, self._corner = owner, self._corner[stay]
+        self._groups = [self._groups[i] for i in owners]
 
     def _join(self) -> None:
         if not self._waiting:
             return
-        waiting, self._waiting = self._waiting, []
-        parts = [self._rows.select(torch.arange(len(self._owner)))] if self.groups else []
-        corners = [np.arange(group.spec.corners) for group in waiting]
-        owners = [np.full(len(own), len(self.groups) + i) for i, own in enumerate(corners)]
+        groups, parts, corners = map(list, zip(*self._waiting, strict=True))
+        if self._groups:
+            parts.insert(0, self._rows.select(_index(np.arange(len(self._owner)), self._rows)))
+        owners = [np.full(len(own), len(self._groups) + i) for i, own in enumerate(corners)]
         owner = np.concatenate([self._owner, *owners])
-        rows = _Rows.stack([*parts, *map(self._fresh_rows, waiting)])
-        # Whatever may fail, for want of memory say, has not: those already here are safe till now.
+        rows = _Rows.stack(parts)
+        # Whatever may fail, for want of memory say, has not: all are as they were till now.
         self._rows = _filled(rows, np.arange(len(owner)))
         self._owner, self._corner = owner, np.concatenate([self._corner, *corners])
-        self.groups = [*self.groups, *waiting]
+        self._groups, self._waiting = [*self._groups, *groups], []
 
     def _fresh_rows(self, group: Group) -> _Rows:
         parameters = self.parametrization.start(group.source, group.spec.corners)
@@ -239,11 +338,13 @@ class Engine:
         losses = torch.stack([rows.losses.l_pos(pre), rows.losses.violation(pre)], 1)
         score = (losses / rows.thresholds).amax(1)
         better = score < rows.score  # false for NaN
-        rows.score = torch.where(better, score, rows.score)
-        rows.kept = torch.where(_each_image(better, rows.kept), rows.parameters, rows.kept)
+        best = torch.where(better, score, rows.score)
+        kept = torch.where(_each_image(better, rows.kept), rows.parameters, rows.kept)
         # The one wait for the device in a stride.
         table = torch.cat([losses, score[:, None], better[:, None]], 1).cpu().double().numpy()
         ended = [self._judge(group, where, table[where]) for group, where in self._places()]
+        # Last: had anything failed, the same states would have to be found better again.
+        rows.score, rows.kept = best, kept
         return any(ended)
 
     def _judge(self, group: Group, where: slice, table: Floats) -> bool:
@@ -274,8 +375,8 @@ class Engine:
         images[corner] = self.parametrization.images(self._rows.parameters[where])
         return images.cpu()
 
-    def _retire(self) -> list[Group]:
-        """Takes rows that have ended off the device and returns groups without any left."""
+    def _retire(self) -> None:
+        """Takes rows that have ended off the device, and groups without any left."""
         running = np.empty(len(self._owner), bool)
         for group, where in self._places():
             corner = self._corner[where]
@@ -283,23 +384,35 @@ class Engine:
             ended = torch.from_numpy(corner[~running[where]])
             kept = self._rows.kept[where][torch.from_numpy(~running[where])]
             group.corners[ended] = self.parametrization.images(kept)
-        finished = [group for group in self.groups if not group.running.any()]
-        self._owner, self._corner = self._owner[running], self._corner[running]
-        self.groups = [group for group in self.groups if group.running.any()]
-        self._owner = np.unique(self._owner, return_inverse=True)[1]
-        if self.groups:
-            self._rows = _filled(self._rows, np.flatnonzero(running))
-        return finished
+        finished = [group for group in self._groups if not group.running.any()]
+        self._keep(running)
+        self._finished += finished
 
     def _places(self) -> Iterator[tuple[Group, slice]]:
-        bounds = np.searchsorted(self._owner, np.arange(len(self.groups) + 1))
-        for group, first, end in zip(self.groups, bounds[:-1], bounds[1:], strict=True):
+        bounds = np.searchsorted(self._owner, np.arange(len(self._groups) + 1))
+        for group, first, end in zip(self._groups, bounds[:-1], bounds[1:], strict=True):
             yield group, slice(int(first), int(end))
+
+    def _stride(self, leaf: Tensor, pre: Tensor) -> None:
+        """Takes `STRIDE` steps, or none where one of them fails."""
+        (rates, epsilons), bounds = self._rates(), self._bounds()
+        start = self._rows
+        moving = {name: getattr(start, name).clone() for name in ("parameters", "mean", "square")}
+        self._rows = replace(start, **moving)
+        try:
+            for i in range(STRIDE):
+                if i:
+                    leaf, pre = self._forward()
+                self._step(leaf, pre, rates[i], epsilons[i], bounds)
+                self.on_step()
+        except BaseException:
+            self._rows = start
+            raise
 
     def _rates(self) -> tuple[Tensor, Tensor]:
         """Step sizes and Adam's epsilons, [STRIDE, R, 1, 1, 1]; 0 past a row's last step."""
-        steps = np.arange(STRIDE)[:, None] + [group.age for group in self.groups]
-        rates = np.stack([_rate(g.spec, steps[:, i]) for i, g in enumerate(self.groups)], 1)
+        steps = np.arange(STRIDE)[:, None] + [group.age for group in self._groups]
+        rates = np.stack([_rate(g.spec, steps[:, i]) for i, g in enumerate(self._groups)], 1)
         mean, square = DECAYS[self.optimizer]
         corrections = np.ones_like(rates)
         if square:
@@ -314,7 +427,7 @@ class Engine:
 
     def _bounds(self) -> Bounds | None:
         """Where parameters are kept: numbers where rows agree, which is several times faster."""
-        ranges = {group.spec.pixel_range for group in self.groups}
+        ranges = {group.spec.pixel_range for group in self._groups}
         if ranges == {"free"}:
             return None
         return (0.0, 1.0) if ranges == {"valid"} else (self._rows.low, self._rows.high)
@@ -334,72 +447,42 @@ class Engine:
         if bounds:
             self.parametrization.project_(rows.parameters, bounds)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that is needed to go on exactly, as plain tensors `<key>/<name>`."""
-        self._join()
-        state: dict[str, Tensor] = {}
-        for group, where in self._places():
-            corner = torch.from_numpy(self._corner[where])
-            for name in ("parameters", "mean", "square", "kept", "score"):
-                rows = getattr(self._rows, name)
-                whole = rows.new_zeros(group.spec.corners, *rows.shape[1:])
-                if name == "kept":
-                    whole = group.corners.clone()
-                whole[corner] = rows[where]
-                state[f"{group.key}/{name}"] = whole
-            host: dict[str, Any] = {
-                "job": list(group.fingerprint),
-                "best": group.score,
-                "steps": group.steps,
-                "reason": group.reason,
-                "clock": np.array([group.age, group.seconds]),
-            }
-            state |= {f"{group.key}/{name}": torch.tensor(value) for name, value in host.items()}
-            for name in ("curves", "snapshots"):
-                record: Record = getattr(group, name)
-                state[f"{group.key}/{name}.steps"] = torch.tensor([record.every, *record.steps])
-                values = torch.stack(record.values) if record.values else torch.empty(0)
-                state[f"{group.key}/{name}.values"] = values
-        return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Puts groups that were admitted just now, by key, where a `state_dict` left them.
+def _restore(group: Group, rows: _Rows, state: Mapping[str, Tensor]) -> None:
+    """Puts a fresh `group` and its fresh `rows` where a `state_of` left them.
 
-        Raises:
-            UnfitState: nothing was saved for a group here, or for another one under its key.
-        """
-        self._join()
-        try:
-            for group, where in self._places():
-                self._restore(group, where, state)
-        except KeyError as error:
-            raise UnfitState(f"No state was saved for job {group.key!r}.") from error
-        self._retire()
-
-    def _restore(self, group: Group, where: slice, state: Mapping[str, Tensor]) -> None:
-        if state[f"{group.key}/job"].tolist() != list(group.fingerprint):
-            raise UnfitState(
-                f"The state saved as {group.key!r} is that of a job with other settings."
-            )
-        for name in ("parameters", "mean", "square", "kept", "score"):
-            rows = getattr(self._rows, name)
-            rows[where] = state[f"{group.key}/{name}"].to(rows)
-        group.score = state[f"{group.key}/best"].numpy().copy()
-        group.steps = state[f"{group.key}/steps"].numpy().copy()
-        group.reason = state[f"{group.key}/reason"].numpy().copy()
-        age, group.seconds = state[f"{group.key}/clock"].tolist()
-        group.age = int(age)
-        for name in ("curves", "snapshots"):
-            record: Record = getattr(group, name)
-            record.every, *record.steps = state[f"{group.key}/{name}.steps"].tolist()
-            record.values = list(state[f"{group.key}/{name}.values"])
+    Raises:
+        UnfitState: as `Engine.admit` does; then nothing has changed.
+    """
+    own = {*ROW_STATE, *HOST_STATE, *(f"{r}.{part}" for r in RECORDS for part in PARTS)}
+    if missing := sorted(own - state.keys()):
+        raise UnfitState(f"The state saved for job {group.key!r} lacks {missing[0]!r}.")
+    if state["job"].tolist() != list(group.fingerprint):
+        raise UnfitState(
+            f"The state given for job {group.key!r} is that of a job with other settings."
+        )
+    for name in ROW_STATE:
+        setattr(rows, name, state[name].to(getattr(rows, name), copy=True))
+    group.score, group.steps, group.reason = (
+        state[name].numpy().copy() for name in ("best", "steps", "reason")
+    )
+    age, group.seconds = state["clock"].tolist()
+    group.age = int(age)
+    for name in RECORDS:
+        record: Record = getattr(group, name)
+        record.every, *record.steps = state[f"{name}.steps"].tolist()
+        record.values = list(state[f"{name}.values"])
 
 
 def _filled(rows: _Rows, chosen: Integers) -> _Rows:
     """The `chosen` rows, filled up with copies of the first of them where images are small."""
     missing = -len(chosen) % FILL if rows.parameters[0].numel() <= SMALL_IMAGE else 0
     index = np.append(chosen, np.full(missing, chosen[0]))
-    return rows.select(torch.from_numpy(index).to(rows.parameters.device))
+    return rows.select(_index(index, rows))
+
+
+def _index(places: Integers, rows: _Rows) -> Tensor:
+    return torch.from_numpy(places).to(rows.parameters.device)
 
 
 def _rate(spec: CollisionSpec, steps: NDArray[Any]) -> Floats:

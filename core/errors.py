@@ -33,12 +33,17 @@ class UnknownName(CoreError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         names = sorted(set(known))
+        self._given = kind, name, names
         near = get_close_matches(name, names, n=3, cutoff=0.5)
         if near:
             hint = f"did you mean {' or '.join(map(repr, near))}?"
         else:
             hint = f"known: {', '.join(names[:8]) or 'none'}{', ...' if len(names) > 8 else ''}."
         super().__init__(f"There is no {kind} {name!r}; {hint}")
+
+    def __reduce__(self) -> tuple[type["UnknownName"], tuple[str, str, list[str]]]:
+        # Exceptions are copied and pickled by what they say, of which three arguments are not made.
+        return type(self), self._given
 
 
 class UntappableLayer(CoreError):

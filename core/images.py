@@ -123,6 +123,17 @@ def load(name: str, data: bytes, preprocessing: Preprocessing) -> Loaded:
     )
 
 
+def check(name: str, data: bytes) -> tuple[str, int, int]:
+    """Media type, width and height of an image that `load` takes, whatever the network.
+
+    Raises InvalidImage, as `load` does.
+    """
+    _check_bytes(name, len(data))
+    image, _ = _decode(name, data)
+    reader = next(reader for magic, reader in _READERS.items() if data.startswith(magic))
+    return Image.MIME[reader.format], image.width, image.height
+
+
 def to_8bit(pixels: NDArray[np.floating]) -> NDArray[np.uint8]:
     """Pixels in [0, 1] (clipped; finite, any shape) as 0 to 255, halves rounded to even.
 

@@ -1,9 +1,10 @@
 """Measuring a polytope: distances, samples of its interior, and the ball beside it."""
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 
 import numpy as np
@@ -18,8 +19,12 @@ from core.taps import Tap
 
 Floats = NDArray[np.float64]
 
-# Pixel values that one forward pass of measurement takes: 27 images of 224 x 224 x 3.
-CHUNK = 2**22
+# Pixel values that one forward pass of measurement takes: 27 images of 224 x 224 x 3. On a CPU no
+# more than ROWS images, since its cache holds what a small network makes of so many.
+CHUNK, ROWS = 2**22, 384
+# Points of the unit ball, which jobs of the same seed share, are kept up to so many values: 10 700
+# of MNIST. Of so many sets at most.
+KEPT, SETS = 2**23, 4
 QUANTILES = (0.01, 0.05, 0.5)
 
 
@@ -115,14 +120,27 @@ def clopper_pearson(hits: int, samples: int, confidence: float = 0.95) -> tuple[
     return float(low), float(high)
 
 
-def to_8bit(images: Tensor) -> Tensor:
-    """Images as an 8-bit file holds them, again in [0, 1]."""
-    return (images * 255).round_().clamp_(0, 255).div_(255)
+def to_8bit_(images: Tensor) -> Tensor:
+    """Turns images into what an 8-bit file holds of them, again in [0, 1]. In place."""
+    return images.mul_(255).round_().clamp_(0, 255).div_(255)
+
+
+def probability_of(label: int, logits: Tensor) -> Tensor:
+    """The softmax of `logits` [N, classes] at `label`, [N] in float64."""
+    wide = logits.double()
+    return (wide - wide[:, label, None]).exp_().sum(1).reciprocal_()
 
 
 @torch.no_grad()
 def sample_polytope(
-    tap: Tap, target: Target, label: int, corners: Tensor, weights: Floats, *, mixes: bool
+    tap: Tap,
+    target: Target,
+    label: int,
+    corners: Tensor,
+    weights: Floats,
+    *,
+    mixes: bool,
+    on_chunk: Callable[[], None] = lambda: None,
 ) -> Samples:
     """Looks at the mixtures `weights` [N, K] of `corners` [K, C, H, W].
 
@@ -140,13 +158,17 @@ def sample_polytope(
         return tap.observe(images(part))
 
     def rounded_forward(part: slice) -> tuple[Tensor, Tensor]:
-        return tap.observe(to_8bit(images(part)))
+        return tap.observe(to_8bit_(images(part)))
 
-    parts = list(_parts(len(points), corners[0].numel()))
-    floats, rounded = (
-        _look(forward, parts, target, label) for forward in (float_forward, rounded_forward)
-    )
-    return Samples(weights, floats, rounded)
+    def look(forward: Callable[[slice], tuple[Tensor, Tensor]]) -> Looked:
+        columns = []
+        for part in _parts(len(points), corners[0]):
+            columns.append(_look(*forward(part), target, label))
+            on_chunk()
+        probability, labels, residuals = torch.cat(columns, 1).cpu().numpy()
+        return Looked(probability, labels.astype(np.int64), residuals)
+
+    return Samples(weights, look(float_forward), look(rounded_forward))
 
 
 def summarize(
@@ -161,9 +183,9 @@ def summarize(
             "accuracy_interval": clopper_pearson(hits, len(looked.label)),
             "mean_probability": float(looked.probability.mean()),
             "min_probability": float(looked.probability.min()),
-            "probability_quantiles": {
-                str(q): float(np.quantile(looked.probability, q)) for q in QUANTILES
-            },
+            "probability_quantiles": dict(
+                zip(map(str, QUANTILES), np.quantile(looked.probability, QUANTILES), strict=True)
+            ),
             "relative_residual": float(looked.residual.mean()),
             "residual_to_random": float(looked.residual.mean()) / random_residual
             if random_residual
@@ -178,7 +200,14 @@ def summarize(
 
 @torch.no_grad()
 def measure_ball(
-    tap: Tap, target: Target, label: int, corners: Tensor, samples: int, *, clip: bool, seed: int
+    tap: Tap,
+    label: int,
+    corners: Tensor,
+    samples: int,
+    *,
+    clip: bool,
+    seed: int,
+    on_chunk: Callable[[], None] = lambda: None,
 ) -> Ball:
     """The ball of Appendix B around the centroid of `corners`, sampled uniformly.
 
@@ -186,56 +215,67 @@ def measure_ball(
     """
     centre = corners.mean(0)
     radius = float((corners - centre).flatten(1).norm(dim=1).min())
-    generator = torch.Generator(corners.device).manual_seed(seed)
-
-    def forward(part: slice) -> tuple[Tensor, Tensor]:
-        images = ball_points(centre, radius, part.stop - part.start, generator)
-        return tap.observe(images.clamp_(0, 1) if clip else images)
-
-    looked = _look(forward, list(_parts(samples, centre.numel())), target, label)
-    hits = int((looked.label == label).sum())
+    hits = torch.zeros((), dtype=torch.int64, device=corners.device)
+    for points in _unit_ball(centre, samples, seed):
+        images = torch.add(centre, points, alpha=radius)
+        logits = tap.logits(images.clamp_(0, 1) if clip else images)
+        hits += (logits.argmax(1) == label).sum()
+        on_chunk()
     return Ball(
         radius=radius,
         samples=samples,
-        accuracy=hits / samples,
-        accuracy_interval=clopper_pearson(hits, samples),
+        accuracy=int(hits) / samples,
+        accuracy_interval=clopper_pearson(int(hits), samples),
     )
 
 
-def ball_points(centre: Tensor, radius: float, samples: int, generator: torch.Generator) -> Tensor:
-    """[N, C, H, W] uniform in the ball of `radius` around `centre` [C, H, W]."""
-    device = centre.device
-    points = torch.randn(samples, *centre.shape, generator=generator, device=device)
-    lengths = torch.rand(samples, generator=generator, device=device).pow_(1 / centre.numel())
-    scale = radius * lengths / points.flatten(1).norm(dim=1)
-    return points.mul_(scale.view(-1, *[1] * centre.dim())).add_(centre)
+def unit_ball(shape: Sequence[int], samples: int, generator: torch.Generator) -> Tensor:
+    """[N, C, H, W] uniform in the ball of radius 1 around 0; `shape` is (C, H, W)."""
+    device = generator.device
+    points = torch.randn(samples, *shape, generator=generator, device=device)
+    lengths = torch.rand(samples, generator=generator, device=device).pow_(1 / math.prod(shape))
+    scale = lengths / points.flatten(1).norm(dim=1)
+    return points.mul_(scale.view(-1, *[1] * len(shape)))
+
+
+def _unit_ball(centre: Tensor, samples: int, seed: int) -> Iterable[Tensor]:
+    """`samples` points of the unit ball in the space of `centre`, a chunk at a time."""
+    sizes = tuple(part.stop - part.start for part in _parts(samples, centre))
+    draw = _kept_unit_ball if samples * centre.numel() <= KEPT else _fresh_unit_ball
+    return draw(tuple(centre.shape), sizes, seed, centre.device)
+
+
+def _fresh_unit_ball(
+    shape: tuple[int, ...], sizes: tuple[int, ...], seed: int, device: torch.device
+) -> Iterator[Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    return (unit_ball(shape, size, generator) for size in sizes)
+
+
+@lru_cache(SETS)
+def _kept_unit_ball(
+    shape: tuple[int, ...], sizes: tuple[int, ...], seed: int, device: torch.device
+) -> list[Tensor]:
+    return list(_fresh_unit_ball(shape, sizes, seed, device))
 
 
 @torch.no_grad()
 def observe(tap: Tap, images: Tensor) -> tuple[Tensor, Tensor]:
     """As `tap.observe`, for any number of images: f' [N, U] and logits [N, classes]."""
-    seen = [tap.observe(images[part]) for part in _parts(len(images), images[0].numel())]
+    seen = [tap.observe(images[part]) for part in _parts(len(images), images[0])]
     pre, logits = zip(*seen, strict=True)
     return torch.cat(pre), torch.cat(logits)
 
 
-def _look(
-    forward: Callable[[slice], tuple[Tensor, Tensor]],
-    parts: list[slice],
-    target: Target,
-    label: int,
-) -> Looked:
-    columns = []
-    for part in parts:
-        pre, logits = forward(part)
-        probability = logits.double().softmax(1)[:, label]
-        # Whole numbers up to 2^53 survive the trip as float64.
-        columns.append(torch.stack([probability, logits.argmax(1), residual(pre, target)]))
-    probability, labels, residuals = torch.cat(columns, 1).cpu().numpy()
-    return Looked(probability, labels.astype(np.int64), residuals)
+def _look(pre: Tensor, logits: Tensor, target: Target, label: int) -> Tensor:
+    """[3, N]: probability, label and residual, as in `Looked`."""
+    # Whole numbers up to 2^53 survive the trip as float64.
+    return torch.stack([probability_of(label, logits), logits.argmax(1), residual(pre, target)])
 
 
-def _parts(samples: int, values_each: int) -> Iterator[slice]:
-    size = max(1, CHUNK // values_each)
+def _parts(samples: int, image: Tensor) -> Iterator[slice]:
+    """Chunks of `samples` images like `image` [C, H, W]."""
+    rows = ROWS if image.device.type == "cpu" else CHUNK
+    size = max(1, min(rows, CHUNK // image.numel()))
     for start in range(0, samples, size):
         yield slice(start, min(start + size, samples))

@@ -4,7 +4,7 @@ import copy
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -21,7 +21,16 @@ from core.models import Model
 from core.objective import Losses, Target, l_neg, l_pos, residual, violation
 from core.result import CornerResult, LayerResult, Provenance, Result, Seen
 from core.spec import CollisionSpec, Relative, Threshold
-from core.taps import Tap, is_cut, matmul_precision, mixes, open_tap
+from core.taps import (
+    Tap,
+    is_affine,
+    is_cut,
+    matmul_precision,
+    mixes,
+    open_tap,
+    tappable,
+    true_name,
+)
 from core.units import choose_units
 
 
@@ -76,9 +85,10 @@ class Subject:
     def device(self) -> torch.device:
         return next(self.model.classifier.parameters()).device
 
-    def engine(self, spec: CollisionSpec) -> Engine:
+    def engine(self, spec: CollisionSpec, on_step: Callable[[], None] = lambda: None) -> Engine:
         """A new engine for jobs with this batch key."""
-        return Engine(self.working_tap, spec.optimizer, tf32=spec.precision == "tf32")
+        tf32 = spec.precision == "tf32"
+        return Engine(self.working_tap, spec.optimizer, tf32=tf32, on_step=on_step)
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,46 @@ class Outcome:
     samples: interpolate.Samples | None
 
 
+@dataclass(frozen=True)
+class LayerInfo:
+    """A layer that a model can be opened at, in plain values.
+
+    `names` are all that `open_tap` takes for it; `name`, the first, is how we call it.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    units: int
+    cut: bool
+    affine: bool
+
+
+def describe(model: Model) -> Iterator[LayerInfo]:
+    """Every layer that `model` can be opened at, in the order of its forward pass.
+
+    Large models take seconds a layer; each is given as soon as it is known.
+    """
+    references = reference_images(model).to(next(model.classifier.parameters()).device)
+    normalize, network = model.classifier.normalize, model.classifier.network
+    for layer in tappable(network, normalize(references[:1])):
+        yield _describe(Tap(normalize, network, layer), references)
+
+
+@torch.no_grad()
+@matmul_precision(tf32=False)
+def _describe(tap: Tap, references: Tensor) -> LayerInfo:
+    name = true_name(tap.network, tap.normalize(references[:1]), tap.layer)
+    return LayerInfo(
+        name=name,
+        names=tuple(dict.fromkeys([name, tap.layer.names[-1]])),
+        shape=tap.layer.shape,
+        units=tap.layer.units,
+        cut=is_cut(tap, references[:1], references[1:2]),
+        affine=is_affine(tap, references[:2]),
+    )
+
+
 @cache
 def _reference_files(mode: str) -> list[tuple[str, bytes]]:
     folder = "mnist/" if mode == "L" else "photos/"
@@ -126,7 +176,7 @@ def prepare(
 
     Raises:
         InvalidSpec: the images are the same, the target is not of the class that the spec names,
-            or the units do not fit the target.
+            the units do not fit the target, or the network gives numbers that are not finite.
         UnknownName: the spec names a class that the network does not have.
     """
     tap = subject.tap
@@ -135,6 +185,12 @@ def prepare(
         raise InvalidSpec("Source and target are the same image; give two different ones.")
     with torch.no_grad():
         pre, logits = tap.observe(pair)
+    for name, *values in zip(("source", "target"), pre, logits, strict=True):
+        if not all(value.isfinite().all() for value in values):
+            raise InvalidSpec(
+                f"{subject.model.name} gives numbers that are not finite for the {name} image; "
+                "its weights are damaged or do not belong to it."
+            )
     seen_source, seen_target = (_seen(subject.model, row) for row in logits)
     if spec.target_class is not None:
         _check_class(subject.model, spec.target_class, seen_target)
@@ -167,8 +223,11 @@ def prepare(
 
 
 @matmul_precision(tf32=False)
-def measure(subject: Subject, job: Job) -> Outcome:
-    """Measures the corners that the engine found, and the polytope between them."""
+def measure(subject: Subject, job: Job, on_chunk: Callable[[], None] = lambda: None) -> Outcome:
+    """Measures the corners that the engine found, and the polytope between them.
+
+    `on_chunk` is called between forward passes, for whoever watches whether this goes on.
+    """
     began = time.perf_counter()
     spec, goal, label, corners = job.spec, job.goal, job.seen_target.label, job.group.corners
     samples, interpolation, ball = None, None, None
@@ -179,14 +238,20 @@ def measure(subject: Subject, job: Job) -> Outcome:
             sampler, spec.interpolation.samples, len(corners), rng
         )
         samples = interpolate.sample_polytope(
-            subject.tap, goal, label, corners, weights, mixes=subject.mixes
+            subject.tap, goal, label, corners, weights, mixes=subject.mixes, on_chunk=on_chunk
         )
         unrelated = subject.feature_distance / goal.energy**0.5
         interpolation = interpolate.summarize(samples, sampler, label, unrelated)
     if spec.ball_samples:
         clip = spec.pixel_range == "valid"
         ball = interpolate.measure_ball(
-            subject.tap, goal, label, corners, spec.ball_samples, clip=clip, seed=spec.seed
+            subject.tap,
+            label,
+            corners,
+            spec.ball_samples,
+            clip=clip,
+            seed=spec.seed,
+            on_chunk=on_chunk,
         )
     corner_results = _corner_results(subject, job)
     result = Result(
@@ -292,7 +357,7 @@ def _warnings(subject: Subject, job: Job) -> list[str]:
 def _corner_results(subject: Subject, job: Job) -> list[CornerResult]:
     group, goal, corners = job.group, job.goal, job.group.corners
     pre, logits = interpolate.observe(subject.tap, corners)
-    _, logits_8bit = interpolate.observe(subject.tap, interpolate.to_8bit(corners))
+    _, logits_8bit = interpolate.observe(subject.tap, interpolate.to_8bit_(corners.clone()))
     chosen = _chosen(job.units, goal) if job.units else torch.zeros_like(pre, dtype=torch.bool)
     to_source, to_target = (
         (corners - torch.from_numpy(image.pixels).to(corners)).flatten(1).norm(dim=1)
@@ -304,9 +369,9 @@ def _corner_results(subject: Subject, job: Job) -> list[CornerResult]:
         "violation": violation(pre, goal),
         "relative_residual": residual(pre, goal),
         "label": logits.argmax(1),
-        "probability": logits.double().softmax(1)[:, job.seen_target.label],
+        "probability": interpolate.probability_of(job.seen_target.label, logits),
         "label_8bit": logits_8bit.argmax(1),
-        "probability_8bit": logits_8bit.double().softmax(1)[:, job.seen_target.label],
+        "probability_8bit": interpolate.probability_of(job.seen_target.label, logits_8bit),
         "distance_to_source": to_source,
         "distance_to_target": to_target,
         "distance_ratio": to_source / to_target,

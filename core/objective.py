@@ -9,6 +9,7 @@ units. f' is [R, U]: R rows, U units.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Literal, Self
 
 import torch
@@ -41,7 +42,7 @@ class Target:
         """[U]: where the unit's flat piece begins; 0 for active units."""
         return torch.where(self.pre >= self.clip.high, self.clip.high, 0.0)
 
-    @property
+    @cached_property
     def energy(self) -> float:
         """||f(t)||^2, the unit of relative thresholds."""
         return float(self.clip(self.pre).square().sum())
@@ -68,12 +69,12 @@ def violation(pre: Tensor, target: Target) -> Tensor:
 
 def plain(pre: Tensor, target: Target) -> Tensor:
     """Equation 1 [R]: ||f(x) - f(t)||^2."""
-    return (target.clip(pre) - target.clip(target.pre)).square().sum(1)
+    return target.clip(pre).sub_(target.clip(target.pre)).square_().sum(1)
 
 
 def residual(pre: Tensor, target: Target) -> Tensor:
     """[R]: ||f(x) - f(t)||, relative to ||f(t)||."""
-    return plain(pre, target).sqrt() / math.sqrt(target.energy)
+    return plain(pre, target).sqrt_().div_(math.sqrt(target.energy))
 
 
 @dataclass

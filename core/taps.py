@@ -86,6 +86,11 @@ class Tap:
             self._forward(images, {self.layer.call: stop})
         return seen[0].flatten(1).float()
 
+    def logits(self, images: Tensor) -> Tensor:
+        """The logits [N, classes] of `images`."""
+        logits: Tensor = self.network(self.normalize(images).to(self.dtype))
+        return logits.float()
+
     def observe(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """f' and the logits [N, classes] of `images`, in one pass."""
         seen, record = _recorder()

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -155,7 +156,7 @@ def test_steps_are_those_of_a_loop_in_float64(optimizer, rate, schedule, valid):
     engine.admit(group)
     for _ in range(3):
         assert engine.advance() == []
-    state = engine.state_dict()["tiny/parameters"].flatten(1)
+    state = engine.state_of("tiny")["parameters"].flatten(1)
     expected = by_hand(optimizer, rate, steps, valid=valid, schedule=schedule)
     assert state.numpy() == pytest.approx(expected, abs=2e-5)
     assert [g.reason.tolist() for g in finish(engine)] == [[MAX_STEPS, MAX_STEPS]]
@@ -234,63 +235,217 @@ def test_on_a_deep_layer_company_leaves_losses_and_labels_as_they_are():
         assert logits.argmax(1).tolist() == logits_other.argmax(1).tolist()
 
 
-@pytest.mark.parametrize("optimizer", ["gd", "momentum", "adam"])
-def test_a_resumed_run_ends_bitwise_where_an_unbroken_one_ends(mlp, optimizer):
+class NoMemoryError(Exception):
+    """Raised where these tests pull the plug."""
+
+
+def assert_same_end(one: Group, other: Group) -> None:
+    assert torch.equal(one.corners, other.corners)
+    for name in ("steps", "reason", "score"):
+        assert getattr(one, name).tolist() == getattr(other, name).tolist()
+    assert one.age == other.age
+    for name in ("curves", "snapshots"):
+        mine, others = getattr(one, name), getattr(other, name)
+        assert mine.steps == others.steps
+        pairs = zip(mine.values, others.values, strict=True)
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+
+def through_a_file(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load(safetensors.torch.save(state))
+
+
+OPTIMIZERS = {
+    "gd": {},
+    "momentum": {"learning_rate": 0.05},
+    "adam": {},
+}
+
+
+def company_of(mlp: Subject, optimizer: str, count: int = 6) -> list[Group]:
+    """Groups whose rows end at different steps."""
     settings = {"optimizer": optimizer, "beta": 0.3, "max_steps": 130, "snapshots": 3}
-    if optimizer == "momentum":
-        settings["learning_rate"] = 0.05
+    settings |= OPTIMIZERS[optimizer]
+    pairs = [("3-0", "7-0"), ("1-0", "4-1"), *digit_pairs(count)][:count]
+    return [job_of(mlp, s, t, f"{i}", **settings).group for i, (s, t) in enumerate(pairs)]
 
-    def fresh() -> list[Group]:
-        pairs = [("3-0", "7-0"), ("1-0", "4-1")]
-        return [job_of(mlp, s, t, s, **settings).group for s, t in pairs]
 
-    unbroken = fresh()
-    finish(mlp.engine(unbroken[0].spec), *unbroken)
+@pytest.fixture(scope="module", params=OPTIMIZERS)
+def undisturbed(request, mlp) -> tuple[str, list[Group]]:
+    groups = company_of(mlp, request.param)
+    finish(mlp.engine(groups[0].spec), *groups)
+    return request.param, groups
 
-    broken, first = fresh(), mlp.engine(unbroken[0].spec)
-    for group in broken:
+
+def test_a_group_taken_out_and_admitted_again_ends_bitwise_as_if_left_alone(mlp, undisturbed):
+    """In the same engine after a while, and from a file, in one where others are under way."""
+    optimizer, unbroken = undisturbed
+    groups = company_of(mlp, optimizer)
+    first = mlp.engine(groups[0].spec)
+    for group in groups:
         first.admit(group)
-    for _ in range(8):
+    while all(group.running.all() for group in groups):
         first.advance()
-    state = {name: tensor.clone() for name, tensor in first.state_dict().items()}
-    finish(first)  # the saved state must not follow the engine
+    left = [group.key for group in first.groups]
+    assert len(left) > 2
 
-    resumed, second = fresh(), mlp.engine(unbroken[0].spec)
-    kept_on = [group for group in resumed if f"{group.key}/clock" in state]
-    for group in kept_on:
-        second.admit(group)
-    second.load_state_dict(state)
+    away, moved = left[0], left[1]
+    state = first.withdraw(away)
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    moving = through_a_file(first.withdraw(moved))
+    assert {group.key for group in first.groups} == set(left[2:])
+    first.advance()
+    second_groups = company_of(mlp, optimizer)
+    second = mlp.engine(groups[0].spec)
+    for group in second_groups:
+        if group.key not in (away, moved):
+            second.admit(group)
+    second.advance()
+    resumed = second_groups[int(moved)]
+    second.admit(resumed, moving)
+    assert_same_state(through_a_file(second.state_of(moved)), moving)
+    again = company_of(mlp, optimizer)[int(away)]
+    first.admit(again, state)
+    finish(first)
     finish(second)
-    assert kept_on
-    for group in kept_on:
-        other = next(g for g in unbroken if g.key == group.key)
-        assert torch.equal(group.corners, other.corners)
-        assert group.steps.tolist() == other.steps.tolist()
-        assert group.reason.tolist() == other.reason.tolist()
-        assert group.curves.steps == other.curves.steps
-        assert torch.equal(
-            torch.stack(group.curves.values).nan_to_num(),
-            torch.stack(other.curves.values).nan_to_num(),
-        )
-        assert group.snapshots.steps == other.snapshots.steps
+    assert_same_state(state, kept)  # a state does not follow the engine
+    ended = {group.key: group for group in groups} | {away: again}
+    ended.pop(moved)
+    for key, group in ended.items():
+        assert_same_end(group, unbroken[int(key)])
+    for group in second_groups:
+        if group.key != away:
+            assert_same_end(group, unbroken[int(group.key)])
 
 
-def test_a_state_of_another_job_is_refused(mlp):
+def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value.nan_to_num(), other[name].nan_to_num()), name
+
+
+@pytest.mark.parametrize("failing_step", range(STRIDE))
+def test_a_step_that_fails_moves_nothing_and_half_the_groups_go_on_exactly(
+    mlp, undisturbed, failing_step
+):
+    optimizer, unbroken = undisturbed
+    groups = company_of(mlp, optimizer)
+    countdown = [math.inf]
+
+    def on_step() -> None:
+        countdown[0] -= 1
+        if countdown[0] < 0:
+            raise NoMemoryError
+
+    engine = mlp.engine(groups[0].spec, on_step)
+    for group in groups:
+        engine.admit(group)
+    done = []
+    for _ in range(3 + failing_step):  # rows end at other checks each time
+        done += engine.advance()
+    before = {group.key: engine.state_of(group.key) for group in engine.groups}
+    countdown[0] = failing_step
+    with pytest.raises(NoMemoryError):
+        engine.advance()
+    countdown[0] = math.inf
+    assert {group.key for group in engine.groups} == before.keys()  # the finished ones, too
+    for key, state in before.items():
+        now = engine.state_of(key)
+        for name in ("parameters", "mean", "square", "clock"):
+            running = now["reason"] == 0 if name != "clock" else slice(None)
+            assert torch.equal(now[name][running], state[name][running])
+    waiting = list(before)[::2]
+    states = {key: engine.withdraw(key) for key in waiting}
+    for _ in range(4):
+        done += engine.advance()
+    for key in waiting:
+        groups[int(key)] = company_of(mlp, optimizer)[int(key)]
+        engine.admit(groups[int(key)], states[key])
+    done += finish(engine)
+    assert len(done) == len(groups)
+    for one, other in zip(groups, unbroken, strict=True):
+        assert_same_end(one, other)
+
+
+@pytest.mark.parametrize("method", ["_forward", "_judge", "_retire", "_keep"])
+def test_whatever_else_fails_in_a_stride_may_be_tried_again(mlp, undisturbed, monkeypatch, method):
+    optimizer, unbroken = undisturbed
+    groups = company_of(mlp, optimizer)
+    engine = mlp.engine(groups[0].spec)
+    for group in groups:
+        engine.admit(group)
+    whole, calls = getattr(engine, method), itertools.count()
+
+    def flaky(*args):
+        if next(calls) in (0, 3, 17, 44):
+            raise NoMemoryError
+        return whole(*args)
+
+    monkeypatch.setattr(engine, method, flaky)
+    done, failures = [], 0
+    while engine.groups:
+        try:
+            done += engine.advance()
+        except NoMemoryError:
+            failures += 1
+    assert failures > 0
+    assert len(done) == len(groups)
+    for one, other in zip(groups, unbroken, strict=True):
+        assert_same_end(one, other)
+
+
+def test_life_is_told_after_each_step(mlp):
+    told = []
+    group = job_of(mlp, "3-0", "7-0").group
+    engine = mlp.engine(group.spec, lambda: told.append(group.age))
+    engine.admit(group)
+    engine.advance()
+    engine.advance()
+    assert told == [0] * STRIDE + [STRIDE] * STRIDE
+
+
+def test_a_group_may_be_taken_out_before_it_joins_and_after_it_ended(mlp):
+    group, other = job_of(mlp, "3-0", "7-0", "a").group, job_of(mlp, "3-0", "7-0", "b").group
+    engine = mlp.engine(group.spec)
+    engine.admit(group)
+    state = engine.withdraw("a")
+    assert engine.groups == []
+    with pytest.raises(UnknownName, match="no running job 'a'"):
+        engine.withdraw("a")
+    engine.admit(job_of(mlp, "3-0", "7-0", "again").group, state)
+    assert engine.stop("again").reason.tolist() == [STOPPED] * 5
+    finish(engine, other)
+    alone = mlp.engine(other.spec)
+    alone.admit(group)
+    while group.running.any():
+        state = alone.state_of("a")
+        done = alone.advance()
+    state["reason"][:] = CONVERGED  # as if the plug had been pulled between its end and its return
+    ended = job_of(mlp, "3-0", "7-0", "ended").group
+    alone.admit(ended, state)
+    assert alone.groups == [ended]
+    assert alone.state_of("ended")["reason"].tolist() == [CONVERGED] * 5
+    assert (done, alone.advance(), alone.groups) == ([group], [ended], [])
+
+
+def test_a_state_of_another_job_is_refused_at_once(mlp):
     engine = mlp.engine(CollisionSpec(preset="paper-mnist"))
     engine.admit(job_of(mlp, "3-0", "7-0", "a").group)
-    state = engine.state_dict()
-    stranger = mlp.engine(CollisionSpec(preset="paper-mnist"))
-    stranger.admit(job_of(mlp, "3-0", "7-0", "b").group)
-    with pytest.raises(UnfitState, match="No state was saved for job 'b'"):
-        stranger.load_state_dict(state)
-    smaller = mlp.engine(CollisionSpec(preset="paper-mnist"))
-    smaller.admit(job_of(mlp, "3-0", "7-0", "a", corners=3).group)
-    with pytest.raises(UnfitState, match="saved as 'a' is that of a job with other settings"):
-        smaller.load_state_dict(state)
-    elsewhere = mlp.engine(CollisionSpec(preset="paper-mnist"))
-    elsewhere.admit(job_of(mlp, "3-1", "7-0", "a").group)
-    with pytest.raises(UnfitState, match="saved as 'a'"):
-        elsewhere.load_state_dict(state)
+    state = engine.state_of("a")
+    running = job_of(mlp, "1-0", "7-0", "running").group
+    engine.admit(running)
+    for other in ({"corners": 3}, {"source": "3-1"}, {"target": "7-1"}):
+        settings = {"source": "3-0", "target": "7-0"} | other
+        group = job_of(mlp, settings.pop("source"), settings.pop("target"), "b", **settings).group
+        with pytest.raises(UnfitState, match="given for job 'b' is that of a job with other"):
+            engine.admit(group, state)
+        assert group.age == 0 and group.running.all()
+    older = {name: tensor for name, tensor in state.items() if name != "kept"}
+    with pytest.raises(UnfitState, match="saved for job 'b' lacks 'kept'"):
+        engine.admit(job_of(mlp, "3-0", "7-0", "b").group, older)
+    assert [group.key for group in engine.groups] == ["a", "running"]
+    finish(engine)
+    assert running.converged.all()
 
 
 def test_a_group_that_cannot_join_leaves_those_here_as_they_were(mlp):
@@ -302,6 +457,8 @@ def test_a_group_that_cannot_join_leaves_those_here_as_they_were(mlp):
     engine.admit(bad)
     with pytest.raises(RuntimeError):
         engine.advance()
+    assert engine.groups == [good, bad]
+    engine.withdraw("bad")
     finish(engine)
     assert good.converged.all()
 

@@ -20,7 +20,7 @@ from torchvision.transforms import v2 as transforms
 
 from core import images
 from core.errors import InvalidImage, UnknownName
-from core.images import Loaded, Preprocessing, load, read, sample_names, to_8bit, to_png
+from core.images import Loaded, Preprocessing, check, load, read, sample_names, to_8bit, to_png
 
 Pixels = NDArray[np.uint8]
 
@@ -589,3 +589,17 @@ def test_what_is_no_file_is_refused_with_what_was_asked_for(tmp_path: Path) -> N
 def test_images_need_no_torch() -> None:
     code = "import sys, core.images; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(images.__file__).parents[1])
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+def test_check_tells_what_an_image_is_without_a_network(format: str) -> None:
+    data = encode(smooth(20, 30), format)
+    assert check("a", data) == (f"image/{format.lower()}", 30, 20)
+    with pytest.raises(InvalidImage, match=r"^a is truncated"):
+        check("a", data[: len(data) // 2])
+
+
+def test_check_sees_an_image_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert check("a", encode(smooth(20, 30), "JPEG", exif=exif)) == ("image/jpeg", 20, 30)

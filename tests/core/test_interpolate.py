@@ -21,7 +21,6 @@ from core import interpolate
 from core.interpolate import (
     Looked,
     Samples,
-    ball_points,
     clopper_pearson,
     mean_of_pairs,
     measure_ball,
@@ -31,7 +30,8 @@ from core.interpolate import (
     sample_polytope,
     simplex_weights,
     summarize,
-    to_8bit,
+    to_8bit_,
+    unit_ball,
 )
 from core.models import ASSETS, Model
 from core.objective import Target
@@ -215,7 +215,7 @@ def test_radii_in_the_ball_are_those_of_a_uniform_point(shape: tuple[int, int, i
     """(r / R)^d is uniform in [0, 1]."""
     radius, d = 3.0, math.prod(shape)
     centre = torch.rand(shape, generator=generator(1)) * 0.01
-    points = ball_points(centre, radius, 4000, generator())
+    points = centre + radius * unit_ball(shape, 4000, generator())
     assert points.shape == (4000, *shape)
     lengths = (points.double() - centre.double()).flatten(1).norm(dim=1).numpy()
     volumes = (lengths / radius) ** d
@@ -226,7 +226,7 @@ def test_radii_in_the_ball_are_those_of_a_uniform_point(shape: tuple[int, int, i
 
 def test_in_high_dimension_the_ball_is_its_surface() -> None:
     centre = torch.rand(3, 224, 224, generator=generator(1))
-    points = ball_points(centre, 5.0, 8, generator())
+    points = centre + 5.0 * unit_ball(centre.shape, 8, generator())
     lengths = (points - centre).double().flatten(1).norm(dim=1)
     assert float(lengths.max()) < 5.001
     assert float(lengths.min()) > 4.999  # (4.999 / 5)^150528 is 1e-13
@@ -238,8 +238,7 @@ def test_in_high_dimension_the_ball_is_its_surface() -> None:
 def test_directions_in_the_ball_are_alike_on_all_axes() -> None:
     """A uniform point of a ball has mean 0 and covariance R^2 / (d + 2) on every axis."""
     n, radius = 40_000, 2.0
-    centre = torch.tensor([0.2, 0.9, -1.0]).view(3, 1, 1)
-    moved = (ball_points(centre, radius, n, generator()) - centre).flatten(1).double().numpy()
+    moved = radius * unit_ball((3, 1, 1), n, generator()).flatten(1).double().numpy()
     variance = radius**2 / 5
     np.testing.assert_allclose(moved.mean(0), 0, atol=5 * math.sqrt(variance / n))
     np.testing.assert_allclose(np.cov(moved.T), variance * np.eye(3), atol=0.02 * radius**2)
@@ -289,29 +288,27 @@ def test_the_ball_collides_as_often_as_its_part_beyond_a_plane_is_large(
     normal = torch.tensor([0.5, -0.5, 0.5, 0.5])
     network = HalfSpace(normal, float(CENTRE.flatten() @ normal) + beyond)
     tap = open_tap(nn.Identity(), network, "fc", CENTRE[None])
-    target = Target(torch.tensor([1.0, -1.0]), tap.layer.clip)
     wanted = cap(beyond, RADIUS, 4)
     network.seen.clear()
-    got = measure_ball(tap, target, 0, CORNERS, 5000, clip=False, seed=1)
+    got = measure_ball(tap, 0, CORNERS, 5000, clip=False, seed=1)
     assert got.radius == pytest.approx(RADIUS, rel=1e-6)
     assert got.samples == 5000
     assert got.accuracy == pytest.approx(wanted, abs=4 * math.sqrt(wanted * (1 - wanted) / 5000))
     hits = round(got.accuracy * 5000)
     interval = stats.binomtest(hits, 5000).proportion_ci(0.95, "exact")
     assert got.accuracy_interval == pytest.approx((interval.low, interval.high), rel=1e-9)
-    opposite = measure_ball(tap, target, 1, CORNERS, 5000, clip=False, seed=1)
+    opposite = measure_ball(tap, 1, CORNERS, 5000, clip=False, seed=1)
     assert opposite.accuracy == pytest.approx(1 - got.accuracy)
-    assert max(map(len, network.seen)) == min(5000, chunk // 4)
+    assert max(map(len, network.seen)) == min(interpolate.ROWS, chunk // 4)
 
 
 def test_only_a_clipped_ball_is_held_to_valid_pixels_and_a_seed_gives_it_again() -> None:
     network = HalfSpace(torch.tensor([1.0, 0, 0, 0]), 0.2)
     tap = open_tap(nn.Identity(), network, "fc", CENTRE[None])
-    target = Target(torch.tensor([1.0, -1.0]), tap.layer.clip)
 
     def points(seed: int, *, clip: bool) -> Tensor:
         network.seen.clear()
-        measure_ball(tap, target, 0, CORNERS, 300, clip=clip, seed=seed)
+        measure_ball(tap, 0, CORNERS, 300, clip=clip, seed=seed)
         return torch.cat(network.seen)
 
     free = points(1, clip=False)
@@ -323,18 +320,42 @@ def test_only_a_clipped_ball_is_held_to_valid_pixels_and_a_seed_gives_it_again()
     assert not torch.equal(points(2, clip=False), free)
 
 
+def test_points_kept_for_the_next_job_are_those_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = HalfSpace(torch.tensor([1.0, 0, 0, 0]), 0.2)
+    tap = open_tap(nn.Identity(), network, "fc", CENTRE[None])
+    told: list[int] = []
+
+    def points() -> Tensor:
+        network.seen.clear()
+        measure_ball(tap, 0, CORNERS, 900, clip=True, seed=5, on_chunk=lambda: told.append(0))
+        return torch.cat(network.seen)
+
+    interpolate._kept_unit_ball.cache_clear()
+    kept = points()
+    assert len(told) == 3
+    assert torch.equal(points(), kept)
+    assert interpolate._kept_unit_ball.cache_info()[:2] == (1, 1)
+    monkeypatch.setattr(interpolate, "KEPT", 0)
+    assert torch.equal(points(), kept)
+
+
+def test_a_probability_is_that_of_softmax_however_far_apart_the_logits_are() -> None:
+    logits = torch.randn(50, 10, generator=generator()) * 30
+    logits[0, 3], logits[1, 3] = 5000.0, -5000.0
+    wanted = special.softmax(logits.double().numpy(), 1)[:, 3]
+    np.testing.assert_allclose(interpolate.probability_of(3, logits), wanted, rtol=1e-12)
+
+
 # Rounding
 
 
 def test_8_bits_are_numpys_rounding() -> None:
     pixels = torch.rand(3, 1, 40, 40, generator=generator()) * 1.4 - 0.2
     pixels[0, 0, 0, :7] = torch.tensor([-0.0, 0.5, 1.5, 2.5, 254.5, 255.4, -0.4]) / 255
-    before = pixels.clone()
-    got = to_8bit(pixels)
+    got = to_8bit_(pixels.clone())
     wanted = np.clip(np.rint(pixels.numpy() * np.float32(255)), 0, 255) / np.float32(255)
     assert np.array_equal(got.numpy(), wanted)
-    assert torch.equal(pixels, before)
-    assert torch.equal(to_8bit(got), got)
+    assert torch.equal(to_8bit_(got.clone()), got)
     assert set((got * 255).round().flatten().int().tolist()) == set(range(256))
 
 

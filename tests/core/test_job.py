@@ -9,10 +9,11 @@ import torch
 from safetensors.numpy import load_file
 from scipy.spatial.distance import pdist
 
-from core import images, job
+from core import images, interpolate, job
 from core.errors import InvalidSpec, UnknownName, UntappableLayer
 from core.models import ASSETS
 from core.spec import CollisionSpec
+from core.taps import open_tap
 
 CPU = torch.device("cpu")
 
@@ -327,3 +328,39 @@ def test_a_target_that_activates_nothing_is_refused():
 def test_corners_that_share_their_units_are_warned_of():
     _, outcome = run(units=[0, 0], corners=2, ball_samples=0)
     assert "push the same units" in outcome.result.warnings[0]
+
+
+def test_a_network_that_gives_no_finite_numbers_is_refused():
+    spec, subject = subject_of()
+    with torch.no_grad():
+        subject.model.classifier.network.fc3.bias[2] = torch.nan
+    with pytest.raises(InvalidSpec, match="mnist-mlp gives numbers that are not finite for the so"):
+        job.prepare(subject, spec, digit(subject, "3-0"), digit(subject, "7-0"), key="job")
+
+
+def test_life_is_told_between_chunks_of_measuring(paper):
+    _, subject = subject_of()
+    told = []
+    job.measure(subject, paper[0], on_chunk=lambda: told.append(0))
+    assert len(told) == 3 * -(-2000 // interpolate.ROWS)
+
+
+def test_layers_are_described_in_plain_values_with_every_name_that_opens_them():
+    _, subject = subject_of(model="mnist-cnn", layer="fc1")
+    model = subject.model
+    layers = list(job.describe(model))
+    assert [layer.name for layer in layers] == ["conv1", "conv2", "fc1", "fc2"]
+    assert [layer.affine for layer in layers] == [True, False, False, False]
+    assert json.loads(json.dumps(vars(layers[0]))) == {
+        "name": "conv1",
+        "names": ["conv1", "relu1"],
+        "shape": [16, 28, 28],
+        "units": 16 * 28 * 28,
+        "cut": True,
+        "affine": True,
+    }
+    probe = job.reference_images(model)[:1]
+    for layer in layers:
+        for name in layer.names:
+            tap = open_tap(model.classifier.normalize, model.classifier.network, name, probe)
+            assert tap.layer.shape == layer.shape

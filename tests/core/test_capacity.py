@@ -1,0 +1,83 @@
+"""How many rows are tried: stand-ins that are slow, or short of memory, beside the real network."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from core import capacity
+from core.capacity import MOST, SECONDS, rows_worth
+from core.job import Subject
+from core.spec import CollisionSpec
+from core.taps import Tap
+
+SPEC = CollisionSpec(preset="paper-mnist")
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return Subject.open(SPEC, torch.device("cpu"))
+
+
+class Hindered(nn.Module):
+    """The network of `tap`, behind what `hinder` does with the number of rows."""
+
+    def __init__(self, network: nn.Module, hinder) -> None:
+        super().__init__()
+        self.network, self.hinder = network, hinder
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hinder(len(x))
+        return self.network(x)
+
+
+def hindered(subject: Subject, hinder) -> Subject:
+    tap = subject.tap
+    return replace(
+        subject, working_tap=Tap(tap.normalize, Hindered(tap.network, hinder), tap.layer)
+    )
+
+
+def test_a_small_network_is_worth_many_rows(subject):
+    assert 32 < rows_worth(subject, SPEC) <= MOST
+
+
+def test_rows_that_take_their_time_one_by_one_are_not_worth_more(subject):
+    assert rows_worth(hindered(subject, lambda rows: time.sleep(0.004 * rows)), SPEC) <= 16
+
+
+def test_a_slow_network_is_given_up_in_time(subject):
+    began = time.perf_counter()
+    assert rows_worth(hindered(subject, lambda rows: time.sleep(1.5)), SPEC) == 1
+    assert time.perf_counter() - began < 2 * SECONDS
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_rows_that_memory_does_not_hold_are_left_out(subject, error):
+    def hinder(rows: int) -> None:
+        if rows > 16:
+            raise error
+
+    assert 1 <= rows_worth(hindered(subject, hinder), SPEC) <= 16
+
+
+def test_other_failures_are_not_taken_for_want_of_memory(subject):
+    def hinder(rows: int) -> None:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        rows_worth(hindered(subject, hinder), SPEC)
+
+
+def test_rows_above_the_share_of_free_memory_are_left_out(subject, monkeypatch):
+    monkeypatch.setattr(capacity, "_trial", lambda *args: (0.001, 100 * len(args[1])))
+    monkeypatch.setattr(capacity, "_free", lambda device: 10_000)
+    assert rows_worth(subject, SPEC, memory_fraction=0.4) == 32
