@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from polycollide import commands
+from polycollide.options import Corners, Image, Json, Layer, Model, Preset, Settings
+
 app = typer.Typer(
     help="Finds, measures and proves approximate feature collisions in image classifiers.",
     no_args_is_help=True,
@@ -13,10 +16,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Image = Annotated[
-    str, typer.Option(metavar="IMAGE", help="A file, or a sample such as sample:mnist/3-0.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]
 Device = Annotated[
     str | None, typer.Option(help="cpu or cuda; the GPU is taken where there is one.")
 ]
@@ -26,18 +25,11 @@ Device = Annotated[
 def run(
     source: Image,
     target: Image,
-    model: Annotated[str | None, typer.Option(help="A name from `polycollide models`.")] = None,
-    layer: Annotated[str | None, typer.Option(help="A name from `polycollide layers`.")] = None,
-    corners: Annotated[int | None, typer.Option(help="Corners of the polytope, 1 to 256.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Settings to start from: paper-mnist.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Any other setting, such as alpha=10, interpolation.samples=500 or units=[3,17].",
-        ),
-    ] = None,
+    model: Model = None,
+    layer: Layer = None,
+    corners: Corners = None,
+    preset: Preset = None,
+    settings: Settings = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where corners, samples and pictures go.")
     ] = None,
@@ -85,6 +77,9 @@ def reproduce(
     from polycollide import reproduce
 
     reproduce.run(experiment, pairs=pairs, json=json, device=device)
+
+
+app.add_typer(commands.service)
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """Jobs on this machine without a server: the commands that open `core` themselves."""
 
-import json as jsonlib
 import signal
 import tempfile
 import time
@@ -14,28 +13,22 @@ import numpy as np
 import torch
 import typer
 from pydantic import ValidationError
-from rich import box
-from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from core import figures, images, job
+from core import artifacts, images, job
 from core import models as registry
 from core.engine import Group
 from core.errors import CoreError, InvalidSpec, UnknownName
 from core.result import Result
-from core.spec import MAX_CORNERS, CollisionSpec
-from core.taps import Tap, is_affine, is_cut, matmul_precision, tappable, true_name
+from core.spec import CollisionSpec
+from core.taps import matmul_precision, open_tap
+from polycollide import results
+from polycollide.listing import aside, console, fail, listing
+from polycollide.settings import merge
 
-console = Console(markup=False)
 OUT_OF_MEMORY = "The device's memory does not hold this job; ask for fewer corners."
-OTHER_FILES = (
-    *("result.json", "corners.npz", "samples.npz", "snapshots.npz"),
-    *("figure.png", "curves.png", "snapshots.png"),
-)
-# For progress and remarks: standard output stays clean for --json and pipes.
-aside = Console(stderr=True, markup=False)
 
 
 def run(
@@ -93,54 +86,42 @@ def models() -> None:
 
 def layers(model: str, weights: str | None, target: str | None, *, device: str | None) -> None:
     """Prints the layers that can be tapped; with a target image, the units active for it."""
-    with in_one_sentence(), torch.no_grad(), matmul_precision(tf32=False):
+    with in_one_sentence():
         opened = registry.load(model, weights=weights, device=pick_device(device))
-        references = job.reference_images(opened).to(pick_device(device))
-        image = references[:1]
-        if target:
-            loaded = images.load(*images.read(target), opened.preprocessing)
-            image = torch.from_numpy(loaded.pixels)[None].to(references)
-        normalize, network = opened.classifier.normalize, opened.classifier.network
-        listed = tappable(network, normalize(image))
-        columns = ("active", "dimension at most") if target else ()
+        image = images.load(*images.read(target), opened.preprocessing) if target else None
+        columns = ("active", "dimension at most") if image else ()
         table = listing("layer", "shape", "units", "cut", *columns)
         with Progress(console=aside, transient=True, disable=not aside.is_terminal) as bar:
-            for layer in bar.track(listed, description="layers"):
-                tap = Tap(normalize, network, layer)
-                name = true_name(network, normalize(image), layer)
+            for layer in bar.track(job.describe(opened), description="layers"):
                 shape = " x ".join(map(str, layer.shape))
-                cut = "yes" if is_cut(tap, references[:1], references[1:2]) else "no"
-                counts = _target_columns(tap, image, references) if target else ()
-                table.add_row(name, shape, str(layer.units), cut, *counts)
+                cut = "yes" if layer.cut else "no"
+                counts = _target_columns(opened, layer, image) if image else ()
+                table.add_row(layer.name, shape, str(layer.units), cut, *counts)
     console.print(table)
 
 
-def _target_columns(tap: Tap, image: torch.Tensor, references: torch.Tensor) -> tuple[str, str]:
+@torch.no_grad()
+@matmul_precision(tf32=False)
+def _target_columns(
+    model: registry.Model, layer: job.LayerInfo, target: images.Loaded
+) -> tuple[str, str]:
     """Active units n_p, and d - n_p for a layer that is affine in the image (section 2)."""
+    classifier = model.classifier
+    image = torch.from_numpy(target.pixels)[None].to(next(classifier.parameters()).device)
+    tap = open_tap(classifier.normalize, classifier.network, layer.name, image)
     active = int((tap(image) > 0).sum())
-    if not is_affine(tap, references[:2]):
-        return str(active), ""
-    return str(active), str(max(0, image.numel() - active))
+    return str(active), str(max(0, image.numel() - active)) if layer.affine else ""
 
 
 def build_spec(named: dict[str, Any], settings: list[str]) -> CollisionSpec:
     """The spec from named options and `NAME=VALUE` settings, values in JSON or plain words."""
-    given = {name: value for name, value in named.items() if value is not None}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        first, *rest = name.split(".")
-        if not equals:
-            raise InvalidSpec(f"--set takes NAME=VALUE, not {setting!r}.")
-        if first not in CollisionSpec.model_fields:
-            raise UnknownName("setting", first, CollisionSpec.model_fields)
-        try:
-            value = jsonlib.loads(text)
-        except (ValueError, RecursionError):  # no JSON, or a number of thousands of digits
-            value = text
-        for part in reversed(rest):
-            value = {part: value}
-        merged = isinstance(value, dict) and isinstance(given.get(first), dict)
-        given[first] = given[first] | value if merged else value
+    try:
+        given = merge(named, settings)
+    except ValueError as error:
+        raise InvalidSpec(str(error)) from error
+    for name in given:
+        if name not in CollisionSpec.model_fields:
+            raise UnknownName("setting", name, CollisionSpec.model_fields)
     try:
         return CollisionSpec.model_validate(given)
     except ValidationError as error:
@@ -169,37 +150,14 @@ def pick_device(name: str | None) -> torch.device:
 def write(out: Path, done: job.Job, outcome: job.Outcome) -> list[str]:
     """Writes everything a result has into the folder `out`, and returns the names of the files.
 
-    Files of an earlier result go first, lest the two be taken for one; no other file is touched.
+    Files of an earlier result go first; no other file is touched.
     """
     files = {"result.json": outcome.result.model_dump_json(indent=2).encode()}
-    for i, corner in enumerate(outcome.corners):
-        files[f"corner-{i}.png"] = images.to_png(corner)
-    if done.spec.figures:
-        source, target = done.source.pixels, done.target.pixels
-        drawn = figures.draw_result(source, target, outcome.corners, outcome.result)
-        files["figure.png"] = drawn
-        files["curves.png"] = figures.draw_curves(done.group, outcome.result)
-        if done.group.snapshots.values:
-            files["snapshots.png"] = figures.draw_snapshots(
-                source, target, done.group, outcome.corners
-            )
-    arrays: dict[str, dict[str, Any]] = {"corners.npz": {"corners": outcome.corners}}
-    if outcome.samples:
-        arrays["samples.npz"] = outcome.samples.arrays()
-    if done.group.snapshots.values:
-        record, wanted = done.group.snapshots, done.spec.snapshots
-        kept = np.unique(np.linspace(0, len(record.steps) - 1, wanted + 1).round().astype(int))[1:]
-        arrays["snapshots.npz"] = {
-            "steps": np.array(record.steps)[kept],
-            "images": np.stack([record.values[i].numpy() for i in kept]),
-        }
-    for name in (*OTHER_FILES, *(f"corner-{i}.png" for i in range(MAX_CORNERS))):
-        (out / name).unlink(missing_ok=True)
+    files |= artifacts.encode(done, outcome)
+    results.clear(out)
     for name, content in files.items():
         (out / name).write_bytes(content)
-    for name, columns in arrays.items():
-        np.savez_compressed(out / name, **columns)
-    return [*files, *arrays]
+    return list(files)
 
 
 def show(result: Result) -> None:
@@ -232,14 +190,6 @@ def show(result: Result) -> None:
     console.print(facts)
     for warning in result.warnings:
         console.print(Text.assemble(("Warning:", "yellow"), " ", warning))
-
-
-def listing(*columns: str, justify: JustifyMethod = "left") -> Table:
-    """An open table whose long words are folded rather than cut."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in columns:
-        table.add_column(name, justify=justify, overflow="fold")
-    return table
 
 
 def _facts(result: Result) -> Iterator[tuple[str, str]]:
@@ -343,5 +293,4 @@ def in_one_sentence() -> Iterator[None]:
         message = f"{error.filename or 'A file'} cannot be used: {error.strerror or error}."
     else:
         return
-    aside.print(Text.assemble(("Error:", "red"), " ", message), soft_wrap=True)
-    raise typer.Exit(1)
+    fail(message)

@@ -15,7 +15,8 @@ from core.errors import UnknownName
 from core.interpolate import clopper_pearson
 from core.result import Result
 from core.spec import CollisionSpec
-from polycollide.local import aside, console, in_one_sentence, listing, pick_device
+from polycollide.listing import aside, console, listing
+from polycollide.local import in_one_sentence, pick_device
 
 Ours = Callable[[list[Result]], str]
 

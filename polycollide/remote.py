@@ -1,0 +1,302 @@
+"""What the commands that speak to a service do."""
+
+import json as jsonlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from polycollide import live, settings
+from polycollide.answers import Batch, Job
+from polycollide.batches import parse_jsonl
+from polycollide.client import Client
+from polycollide.errors import InvalidInput, PolycollideError
+from polycollide.listing import aside, console, fail, listing
+
+SHOWN_REFUSED = 10
+
+
+@contextmanager
+def connected(url: str | None, api_key: str | None) -> Iterator[Client]:
+    """A client; errors that a user can act on end the command with a sentence."""
+    try:
+        with Client(url, api_key) as client:
+            yield client
+    except PolycollideError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or 'A file'} cannot be used: {error.strerror or error}.")
+
+
+def read_spec(named: dict[str, Any], given: Iterable[str]) -> dict[str, Any]:
+    """The settings as they were typed; the service knows whether they are good."""
+    try:
+        return settings.merge(named, given)
+    except ValueError as error:
+        raise InvalidInput(str(error)) from error
+
+
+def submit(
+    client: Client,
+    source: str,
+    target: str,
+    spec: dict[str, Any],
+    *,
+    labels: list[str],
+    priority: int,
+    deadline: float | None,
+    wait: bool,
+    json: bool,
+) -> None:
+    """Submits a job and prints its id at once; waits for it where asked."""
+    job = client.submit(
+        *(source, target),
+        spec=spec,
+        labels=labels,
+        priority=priority,
+        deadline_seconds=deadline,
+    )
+    if wait:
+        if not json:
+            console.print(job.id, highlight=False, soft_wrap=True)
+        _end(_wait(client, [job.id], None), json=json, one=True)
+    elif json:
+        _print_json(job.model_dump(mode="json"))
+    else:
+        console.print(job.id, highlight=False, soft_wrap=True)
+
+
+def wait(client: Client, ids: list[str], *, timeout: float | None, json: bool) -> None:
+    """Waits for jobs and prints how they ended."""
+    _end(_wait(client, ids, timeout), json=json)
+
+
+def watch(client: Client, ids: list[str], *, batch: str | None, label: str | None) -> None:
+    """Shows jobs until they are done."""
+    if sum(map(bool, (ids, batch, label))) > 1:
+        raise InvalidInput("Name either ids, or a batch, or a label.")
+    if not (ids or batch or label):
+        states = ("queued", "running", "canceling")
+        ids = [job.id for status in states for job in client.jobs(status=status)]
+        if not ids:
+            console.print("No job waits or runs.")
+            return
+    if batch:
+        look, again = live.at_batch(client, batch), f"--batch {batch}"
+    elif label:
+        look, again = live.at_label(client, label), f"--label {label}"
+    else:
+        look, again = live.at_jobs(client, ids), " ".join(ids[:3])
+    with _interruptible(f"polycollide watch {again}"):
+        view = live.follow(look)
+    if not view.counts.total():
+        console.print("There is no such job.")
+        return
+    console.print(str(view), highlight=False, soft_wrap=True)
+    _fail_if(view.counts["succeeded"] < view.counts.total())
+
+
+def list_jobs(
+    client: Client,
+    *,
+    status: str | None,
+    batch: str | None,
+    label: str | None,
+    limit: int,
+    json: bool,
+) -> None:
+    """Prints jobs."""
+    jobs = list(client.jobs(status=status, batch=batch, label=label, limit=limit))
+    if json:
+        _print_json([job.model_dump(mode="json") for job in jobs])
+        return
+    table = listing("job", "status", "model", "layer", "age", "labels")
+    table.columns[0].no_wrap = True
+    for job in jobs:
+        spec, labels = job.spec, ", ".join(job.labels)
+        names = (str(spec.get("model", "")), str(spec.get("layer", "")))
+        table.add_row(job.id, job.status, *names, _age(job.created_at), labels)
+    console.print(table)
+    reasons = {job.status_reason for job in jobs if job.status == "queued" and job.status_reason}
+    for reason in sorted(reasons):
+        console.print(f"queued: {reason}", highlight=False, soft_wrap=True)
+
+
+def cancel(client: Client, ids: list[str], *, batch: str | None) -> None:
+    """Cancels jobs, each whether or not another one could be."""
+    if bool(ids) == bool(batch):
+        raise InvalidInput("Name either ids, or a batch.")
+    if batch:
+        canceled = client.cancel_batch(batch)
+        console.print(_counts(canceled), highlight=False, soft_wrap=True)
+        return
+    failed = False
+    for id in ids:
+        try:
+            job = client.cancel(id)
+        except PolycollideError as error:
+            failed = True
+            aside.print(f"{id}: {error}", highlight=False, soft_wrap=True)
+        else:
+            console.print(f"{job.id} {job.status}", highlight=False, soft_wrap=True)
+    _fail_if(failed)
+
+
+def fetch(client: Client, id: str, out: Path) -> None:
+    """Writes all that a job found into a folder."""
+    files = client.download(id, out)
+    names = ", ".join(file.name for file in files)
+    console.print(f"{out}: {names}", highlight=False, soft_wrap=True)
+
+
+def batch(
+    client: Client,
+    file: str,
+    *,
+    labels: list[str],
+    priority: int,
+    wait: bool,
+    out: Path | None,
+    json: bool,
+) -> None:
+    """Submits many jobs and prints the id of their batch; waits and writes results where asked."""
+    items: Any = Path(file)
+    if file == "-":
+        items = list(parse_jsonl(sys.stdin.read(), name="standard input", folder=Path()))
+    if out:  # before the work, not after it
+        out.open("a").close()
+    with _bar("uploaded") as bar:
+        task = bar.add_task("", total=None, visible=False)
+        submitted = client.batch(
+            items,
+            labels=labels,
+            priority=priority,
+            on_upload=lambda done, total: bar.update(
+                task, completed=done, total=total, visible=True
+            ),
+        )
+    _say_refused(submitted)
+    if not json:
+        console.print(submitted.id, highlight=False, soft_wrap=True)
+    if wait or out:
+        submitted = _wait_batch(client, submitted)
+        if not json:
+            console.print(_counts(submitted), highlight=False, soft_wrap=True)
+    if out:
+        part = out.with_name(f"{out.name}.part")
+        with part.open("w", encoding="utf-8") as lines:
+            lines.writelines(f"{r.model_dump_json()}\n" for r in client.iter_results(submitted))
+        part.replace(out)
+    if json:
+        _print_json(submitted.model_dump(mode="json"))
+    counts = live.counts_of(submitted)
+    _fail_if(bool(submitted.errors or counts["failed"] or counts["canceled"]))
+
+
+def _wait(client: Client, ids: Sequence[str], timeout: float | None) -> list[Job]:
+    done: set[str] = set()
+    with _interruptible(f"polycollide wait {' '.join(ids)}"), _bar("done") as bar:
+        task = bar.add_task("", total=len(set(ids)))
+
+        def show(job: Job) -> None:
+            if job.done:
+                done.add(job.id)
+            bar.update(task, completed=len(done))
+
+        return client.wait(ids, timeout, show)
+
+
+def _wait_batch(client: Client, submitted: Batch) -> Batch:
+    with _interruptible(f"polycollide watch --batch {submitted.id}"), _bar("done") as bar:
+        task = bar.add_task("", total=None)
+
+        def show(batch: Batch) -> None:
+            view = live.View(live.counts_of(batch), [])
+            bar.update(task, completed=view.done, total=view.counts.total())
+
+        return client.wait_batch(submitted, None, show)
+
+
+@contextmanager
+def _interruptible(again: str) -> Iterator[None]:
+    """Ctrl-C ends the waiting, not what is waited for."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        aside.print(
+            f"The jobs go on; `{again}` comes back to them.", highlight=False, soft_wrap=True
+        )
+        raise typer.Exit(130) from None
+
+
+def _bar(what: str) -> Progress:
+    return Progress(
+        *(MofNCompleteColumn(), TextColumn(what), BarColumn(), TimeElapsedColumn()),
+        console=aside,
+        transient=True,
+        disable=not aside.is_terminal,
+    )
+
+
+def _end(jobs: list[Job], *, json: bool, one: bool = False) -> None:
+    """Prints how jobs ended; fails if one of them did."""
+    if json:
+        dumped = [job.model_dump(mode="json") for job in jobs]
+        _print_json(dumped[0] if one else dumped)
+    else:
+        table = listing("job", "status", "converged", "spread", "colliding")
+        table.columns[0].no_wrap = True
+        for job in jobs:
+            table.add_row(job.id, job.status, *_measures(job.result or {}))
+        console.print(table)
+    for job in jobs:
+        if job.error:
+            aside.print(f"{job.id}: {job.error.message}", highlight=False, soft_wrap=True)
+    _fail_if(not all(job.succeeded for job in jobs))
+
+
+def _measures(result: dict[str, Any]) -> Iterator[str]:
+    """What a table of results shows of one, as far as it is there."""
+    if result:
+        yield "yes" if result.get("converged") else "no"
+        spread = (result.get("polytope") or {}).get("spread")
+        yield "" if spread is None else f"{spread:.3f}"
+        accuracy = (result.get("interpolation") or {}).get("accuracy")
+        yield "" if accuracy is None else f"{100 * accuracy:.1f} %"
+
+
+def _say_refused(batch: Batch) -> None:
+    for refused in batch.errors[:SHOWN_REFUSED]:
+        name = f" ({refused.custom_id})" if refused.custom_id else ""
+        text = f"Item {refused.index}{name} was refused: {refused.message}"
+        aside.print(text, highlight=False, soft_wrap=True)
+    if len(batch.errors) > SHOWN_REFUSED:
+        aside.print(f"... and {len(batch.errors) - SHOWN_REFUSED} more.")
+
+
+def _counts(batch: Batch) -> str:
+    refused = batch.request_counts.get("refused", 0)
+    return f"{live.View(live.counts_of(batch), [])}{f', {refused} refused' if refused else ''}"
+
+
+def _age(time: datetime | None) -> str:
+    """How long ago, in the unit that suits."""
+    if time is None:
+        return ""
+    seconds = max(0, int((datetime.now(UTC) - time).total_seconds()))
+    units = (("d", 86400), ("h", 3600), ("min", 60))
+    return next((f"{seconds // size} {u}" for u, size in units if seconds >= size), f"{seconds} s")
+
+
+def _print_json(value: Any) -> None:
+    print(jsonlib.dumps(value, indent=2))
+
+
+def _fail_if(failed: bool) -> None:
+    if failed:
+        raise typer.Exit(1)

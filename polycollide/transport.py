@@ -1,0 +1,226 @@
+"""One request to the service and its answer: addresses, retries, and errors from problem+json."""
+
+import json
+import logging
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import httpx
+from pydantic import ValidationError
+from pydantic_core import from_json
+from tenacity import RetryCallState, retry_if_exception, wait_random_exponential
+from tenacity.asyncio import AsyncRetrying
+
+from polycollide.answers import Answer
+from polycollide.errors import ApiError, InvalidInput, PolycollideError, Unreachable
+
+URL, API_KEY = "POLYCOLLIDE_URL", "POLYCOLLIDE_API_KEY"
+DEFAULT_URL = "http://127.0.0.1:8000"
+# A proxy of the environment has no way back to this machine.
+LOOPBACK: dict[str, None] = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
+# Breaks that another try may mend. Every request of ours may be sent twice: posts carry a key.
+BROKEN = (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError)
+BUSY = (429, 502, 503, 504)
+BACKOFF = wait_random_exponential(multiplier=0.5, max=10)
+LONGEST_PAUSE = 60.0  # A server that asks for more, as for a used-up quota, is not waited for.
+FIRST_CONTACT = 3  # A server that never answered is rather absent than restarting.
+
+A = TypeVar("A", bound=Answer)
+T = TypeVar("T")
+logger = logging.getLogger("polycollide")
+
+
+class Transport:
+    """Sends requests, again where that can help."""
+
+    def __init__(
+        self, base_url: str | None, api_key: str | None, timeout: float, max_retries: int
+    ) -> None:
+        url = base_url or os.environ.get(URL) or DEFAULT_URL
+        key = (api_key or os.environ.get(API_KEY) or "").strip()
+        if not (key.isascii() and (key + "_").isprintable()):
+            raise InvalidInput(f"The API key has characters that no key has; check {API_KEY}.")
+        self.base_url = url.rstrip("/").removesuffix("/v1")
+        self.timeout, self.max_retries = timeout, max_retries
+        self._met = False
+        try:
+            self.http = httpx.AsyncClient(
+                base_url=self.base_url,
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                mounts=LOOPBACK,
+                limits=httpx.Limits(max_keepalive_connections=32),
+            )
+        except (httpx.InvalidURL, ValueError) as error:
+            raise InvalidInput(f"{self.base_url!r} is no URL ({error}); check {URL}.") from error
+
+    def _patience(self, wait: float = 0.0) -> httpx.Timeout:
+        """Time limits for an answer that the server may hold back for `wait` seconds."""
+        connect = min(self.timeout, 10.0)
+        return httpx.Timeout(self.timeout, read=self.timeout + wait, connect=connect, pool=None)
+
+    async def ask(
+        self, method: str, path: str, *, wait: float = 0.0, body: Any = None, **request: Any
+    ) -> httpx.Response:
+        """The good answer to a request; raises ApiError or Unreachable. `body` goes as JSON."""
+        if body is not None:
+            request["content"] = to_json(body)
+            request["headers"] = {"Content-Type": "application/json"} | request.get("headers", {})
+
+        async def send() -> httpx.Response:
+            response = await self.http.request(
+                method, path, timeout=self._patience(wait), **request
+            )
+            await self._check(response)
+            return response
+
+        retrying = self._retrying()
+        try:
+            return await retrying(send)
+        except ApiError as error:
+            error.attempts = retrying.statistics["attempt_number"]
+            raise
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    @asynccontextmanager
+    async def stream(self, path: str, headers: Mapping[str, str]) -> AsyncIterator[httpx.Response]:
+        """A good answer whose body is still to be read."""
+        silence = self._patience()
+        async with self.http.stream("GET", path, headers=headers, timeout=silence) as response:
+            await self._check(response)
+            yield response
+
+    async def resumed(self, connect: Callable[[], AsyncGenerator[T]]) -> AsyncGenerator[T]:
+        """What `connect` streams. Where that breaks it is connected again, and goes on.
+
+        `connect` itself remembers what it gave already. Tries are counted until something comes.
+        """
+
+        async def begin() -> tuple[AsyncGenerator[T], T | None]:
+            stream = connect()
+            return stream, await anext(stream, None)
+
+        try:
+            while True:
+                first: tuple[AsyncGenerator[T], T | None] = await self._retrying()(begin)
+                stream, item = first
+                async with aclosing(stream):
+                    try:
+                        while item is not None:
+                            yield item
+                            item = await anext(stream, None)
+                        return
+                    except BROKEN:
+                        logger.info("%s broke off; connecting again", self.base_url)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def _retrying(self) -> AsyncRetrying:
+        """Tries again with growing, random pauses, none shorter than the server asked for."""
+        return AsyncRetrying(
+            retry=retry_if_exception(_passes),
+            wait=_pause,
+            stop=self._enough,
+            before_sleep=_say,
+            reraise=True,
+        )
+
+    def _enough(self, state: RetryCallState) -> bool:
+        limit = self.max_retries if self._met else min(self.max_retries, FIRST_CONTACT)
+        return state.attempt_number > limit
+
+    async def _check(self, response: httpx.Response) -> None:
+        """Raises ApiError unless the answer is a good one."""
+        self._met = True
+        if response.is_success:
+            return
+        await response.aread()
+        try:
+            problem = from_json(response.content)
+        except ValueError:
+            problem = None
+        if not isinstance(problem, dict):
+            problem = {"detail": self._stranger(response)}
+        raise ApiError(
+            response.status_code,
+            problem.get("code") or "http_error",
+            problem.get("detail") or problem.get("title") or self._stranger(response),
+            problem.get("errors") or (),
+            retry_after=_seconds(response.headers.get("Retry-After", "")),
+        )
+
+    def read(self, model: type[A], response: httpx.Response) -> A:
+        """What the body says."""
+        try:
+            return model.model_validate_json(response.content)
+        except ValidationError as error:
+            raise ApiError(
+                response.status_code, "unexpected_answer", self._stranger(response)
+            ) from error
+
+    def _stranger(self, response: httpx.Response) -> str:
+        answered = f"{response.status_code} {response.reason_phrase}".strip()
+        return f"{self.base_url} answered {answered}, not as polycollide does; check {URL}."
+
+    def _unreachable(self, error: httpx.TransportError) -> PolycollideError:
+        """The same as a sentence."""
+        why = str(error) or type(error).__name__
+        return Unreachable(
+            f"No answer from {self.base_url} ({why}); start a server with `polycollide up`, "
+            f"or set {URL} to the address of one."
+        )
+
+
+def path(*parts: str) -> str:
+    """The path of what `parts` name, whatever characters an id has."""
+    return "/v1/" + "/".join(quote(part, safe="") for part in parts)
+
+
+def to_json(value: Any) -> bytes:
+    """Strict JSON; numpy's numbers and arrays are taken for what they hold."""
+    return json.dumps(value, allow_nan=False, default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise InvalidInput(f"{value!r} has no form in JSON; give numbers, words, lists or dicts.")
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether the same request may fare better later."""
+    if isinstance(error, ApiError):
+        return error.status in BUSY and error.retry_after <= LONGEST_PAUSE
+    return isinstance(error, BROKEN)
+
+
+def _say(state: RetryCallState) -> None:
+    """Pauses that a person notices are explained."""
+    error, pause = state.outcome and state.outcome.exception(), state.upcoming_sleep
+    level = logging.WARNING if pause > 5 else logging.INFO
+    logger.log(level, "%s Trying again in %.1f s.", str(error) or type(error).__name__, pause)
+
+
+def _pause(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.retry_after if isinstance(error, ApiError) else 0.0
+    return asked + BACKOFF(state)
+
+
+def _seconds(retry_after: str) -> float:
+    """What a Retry-After header asks for, in seconds or as a date."""
+    try:
+        return max(0.0, float(retry_after))
+    except ValueError:
+        pass
+    try:
+        date = parsedate_to_datetime(retry_after)
+    except ValueError:
+        return 0.0
+    date = date if date.tzinfo else date.replace(tzinfo=UTC)
+    return max(0.0, (date - datetime.now(UTC)).total_seconds())

@@ -1,0 +1,295 @@
+"""The commands that speak to a service, as a user runs them, against a real HTTP server."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from polycollide import live
+from polycollide.cli import app
+
+from .conftest import ScriptedService, drop, job, late, problem, reply, stream
+
+PAIR = ("--source", "sample:mnist/3-0", "--target", "sample:mnist/7-0")
+ID, OTHER = "4f7f2b1e-0000-4000-8000-000000000001", "4f7f2b1e-0000-4000-8000-000000000002"
+RESULT = {
+    **{"converged": True, "steps": 83, "polytope": {"spread": 0.2345}},
+    **{"interpolation": {"accuracy": 0.9987}, "new": 1},
+}
+BATCH = {"id": "b", "status": "in_progress", "errors": []}
+BATCH["request_counts"] = {"total": 3, "refused": 0, "queued": 2, "running": 1}
+ENDED = BATCH | {"status": "completed", "request_counts": {"total": 3, "succeeded": 3}}
+Call = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "INTERVAL", 0.05)
+
+
+@pytest.fixture
+def call(service: ScriptedService) -> Call:
+    """Calls the command in a terminal 80 columns wide, with the service in its environment."""
+    env = {"COLUMNS": "80", "POLYCOLLIDE_URL": service.url, "POLYCOLLIDE_API_KEY": "pc_secret"}
+
+    def invoke(*arguments: str, input: str | None = None) -> Result:
+        result = CliRunner(env=env).invoke(app, arguments, input=input)
+        assert "pc_secret" not in result.output
+        return result
+
+    return invoke
+
+
+def succeeded(id: str = ID) -> dict:
+    return job(id, "succeeded", result=RESULT)
+
+
+def failed(id: str = OTHER) -> dict:
+    return job(id, "failed", error={"code": "diverged", "message": "It diverged; lower the rate."})
+
+
+def test_submit_prints_the_id_and_nothing_else(service, call):
+    service.on("POST /v1/jobs", reply(job(ID), 202))
+    settings = ("--model", "m", "--corners", "3", "--set", "beta.relative=2", "--set", "units=[1]")
+    more = ("--label", "a", "--label", "b", "--priority", "5", "--deadline", "60")
+    result = call("submit", *PAIR, *settings, *more)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{ID}\n", "")
+    (received,) = service.received
+    assert received.headers["authorization"] == "Bearer pc_secret"
+    assert received.json == {
+        **{"source": PAIR[1], "target": PAIR[3], "labels": ["a", "b"], "priority": 5},
+        **{"deadline_seconds": 60.0},
+        "spec": {"model": "m", "corners": 3, "beta": {"relative": 2}, "units": [1]},
+    }
+
+
+def test_submit_can_wait_and_print_json(service, call):
+    service.on("POST /v1/jobs", reply(job(ID), 202))
+    service.on(f"GET /v1/jobs/{ID}", reply(job(ID, "running")), reply(succeeded()))
+    assert json.loads(call("submit", *PAIR, "--json").stdout)["status"] == "queued"
+    assert json.loads(call("submit", *PAIR, "--json", "--wait").stdout)["result"] == RESULT
+    assert call("submit", *PAIR, "--wait").stdout.startswith(f"{ID}\n")
+
+
+def test_wait_prints_how_jobs_ended_aligned_and_fails_if_one_did(service, call):
+    service.on(f"GET /v1/jobs/{ID}", reply(job(ID, "running")), reply(succeeded()))
+    service.on(f"GET /v1/jobs/{OTHER}", reply(failed()))
+    good, both = call("wait", ID), call("wait", ID, OTHER)
+    assert (good.exit_code, both.exit_code) == (0, 1)
+    header, _, first, second = filter(str.strip, both.stdout.splitlines())
+    assert first.split() == [ID, "succeeded", "yes", "0.234", "99.9", "%"]
+    assert second.split() == [OTHER, "failed"]
+    assert header.index("status") == first.index("succeeded") == second.index("failed")
+    assert max(map(len, both.stdout.splitlines())) <= 80
+    assert both.stderr == f"{OTHER}: It diverged; lower the rate.\n"
+    listed = json.loads(call("wait", ID, OTHER, "--json").stdout)
+    assert [job["status"] for job in listed] == ["succeeded", "failed"]
+
+
+def test_wait_gives_up_after_its_timeout(service, call):
+    service.on(f"GET /v1/jobs/{ID}", reply(job(ID, "running")))
+    result = call("wait", ID, "--timeout", "0.3")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: Not every job was done within 0.3 s (1 running)")
+    assert result.stderr.count("\n") == 1
+
+
+def test_watch_ends_with_the_counts_of_what_was_named(service, call):
+    service.on(f"GET /v1/jobs/{ID}", reply(job(ID)), drop, reply(succeeded()))
+    service.on(f"GET /v1/jobs/{OTHER}", reply(job(OTHER, "running")), reply(failed()))
+    result = call("watch", ID, OTHER)
+    assert result.exit_code == 1
+    assert result.stdout == "2 of 2 done: 1 succeeded, 1 failed\n"
+
+
+def test_watch_follows_a_label_a_batch_or_all_that_waits_and_runs(service, call):
+    page, end = {"jobs": [job(ID, "running")]}, {"jobs": [succeeded()]}
+    service.on("GET /v1/jobs", reply(page), reply(end))
+    assert call("watch", "--label", "l").stdout == "1 of 1 done: 1 succeeded\n"
+    assert service.received[0].query["label"] == "l"
+
+    service.on("GET /v1/jobs", reply(page))
+    service.on("GET /v1/batches/b", reply(BATCH), reply(ENDED))
+    assert call("watch", "--batch", "b").stdout == "3 of 3 done: 3 succeeded\n"
+
+    service.on("GET /v1/jobs", reply({"jobs": []}), reply(page), reply({"jobs": []}))
+    service.on(f"GET /v1/jobs/{ID}", reply(succeeded()))
+    assert call("watch").stdout == "1 of 1 done: 1 succeeded\n"
+    assert call("watch").stdout == "No job waits or runs.\n"
+
+
+def test_list_is_a_table_or_json(service, call):
+    spec = {"model": "mnist-mlp", "layer": "fc1"}
+    ago = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 7300))
+    more = {"spec": spec, "created_at": ago}
+    jobs = [job(ID, labels=["x", "[y]"], status_reason="No worker is running.", **more)]
+    jobs.append(job(OTHER, "succeeded", **more))
+    pages = ({"jobs": jobs[:1], "next_cursor": "1"}, {"jobs": jobs[1:], "next_cursor": "2"})
+    service.on("GET /v1/jobs", *map(reply, pages))
+    result = call("list", "--limit", "2", "--status", "queued", "--batch", "b")
+    lines = result.stdout.splitlines()
+    assert lines[3].split() == [ID, "queued", "mnist-mlp", "fc1", "2", "h", "x,", "[y]"]
+    assert lines[-1] == "queued: No worker is running."
+    assert max(map(len, lines)) <= 80
+    assert service.received[0].query == {"status": "queued", "batch": "b", "limit": "2"}
+    assert [received.query["limit"] for received in service.received] == ["2", "1"]
+    listed = json.loads(call("list", "--json", "--limit", "1").stdout)
+    assert [job["id"] for job in listed] == [OTHER]
+
+
+def test_cancel_goes_on_after_a_job_that_cannot_be(service, call):
+    service.on(f"POST /v1/jobs/{ID}/cancel", problem(404, "unknown_job", "There is no such job."))
+    service.on(f"POST /v1/jobs/{OTHER}/cancel", reply(job(OTHER, "canceling"), 202))
+    result = call("cancel", ID, OTHER)
+    assert result.exit_code == 1
+    assert result.stdout == f"{OTHER} canceling\n"
+    assert result.stderr == f"{ID}: There is no such job.\n"
+    service.on("POST /v1/batches/b/cancel", reply(ENDED, 202))
+    assert call("cancel", "--batch", "b").stdout == "3 of 3 done: 3 succeeded\n"
+
+
+def test_fetch_writes_the_files_of_run(service, call, tmp_path):
+    urls = {"corners": ["x"], "corners_npz": "x"}
+    service.on(f"GET /v1/jobs/{ID}", reply(succeeded() | {"urls": urls}))
+    service.on(f"GET /v1/jobs/{ID}/corners/0.png", reply(b"png"))
+    service.on(f"GET /v1/jobs/{ID}/corners.npz", reply(b"npz"))
+    out = tmp_path / "new" / "folder"
+    result = call("fetch", ID, "--out", str(out))
+    assert result.stdout == f"{out}: result.json, corner-0.png, corners.npz\n"
+    assert json.loads((out / "result.json").read_text()) == RESULT
+    assert (out / "corner-0.png").read_bytes() == b"png"
+
+
+@pytest.mark.parametrize("state", [job(ID, "running"), failed(ID)])
+def test_fetch_says_why_there_is_nothing(service, call, tmp_path, state):
+    service.on(f"GET /v1/jobs/{ID}", reply(state))
+    result = call("fetch", ID, "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: Job {ID} ")
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_batch_sends_lines_and_writes_every_result(service, call, tmp_path):
+    (tmp_path / "3.png").write_bytes(b"own")
+    item = {"source": "3.png", "target": PAIR[3], "spec": {}}
+    (tmp_path / "jobs.jsonl").write_text(f"{json.dumps(item)}\n" * 3)
+    service.on("POST /v1/images", reply({"sha256": "f" * 64}, 201))
+    service.on("POST /v1/batches", drop, reply(BATCH, 202))
+    service.on("GET /v1/batches/b", reply(BATCH), reply(ENDED))
+    lines = [{"index": i, "job_id": "x", "status": "succeeded", "later": i} for i in range(3)]
+    texts = [f"{json.dumps(line)}\n" for line in lines]
+    service.on("GET /v1/batches/b/results.jsonl", stream(*texts[:1], cut=True), stream(*texts))
+    out = tmp_path / "results.jsonl"
+    result = call("batch", str(tmp_path / "jobs.jsonl"), "--label", "l", "--out", str(out))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == "b\n3 of 3 done: 3 succeeded\n"
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["later"] for line in written] == [0, 1, 2]
+    assert len(service.to("POST /v1/images")) == 1
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_batch_reads_standard_input_and_tells_what_was_refused(service, call):
+    errors = [{"index": i, "custom_id": "x", "code": "c", "message": "No."} for i in range(12)]
+    service.on("POST /v1/batches", reply(BATCH | {"errors": errors}, 202))
+    line = json.dumps({"source": PAIR[1], "target": PAIR[3], "spec": {}})
+    result = call("batch", "-", "--json", input=f"{line}\n{line}\n")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["id"] == "b"
+    assert result.stderr.splitlines()[0] == "Item 0 (x) was refused: No."
+    assert result.stderr.splitlines()[10:] == ["... and 2 more."]
+    assert len(service.received[0].json["items"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("submit", *PAIR, "--set", "beta"), "--set takes NAME=VALUE, not 'beta'."),
+        (("submit", *PAIR[:3], "none.png"), "'none.png' cannot be read"),
+        (("watch", "a", "--batch", "b"), "Name either ids, or a batch, or a label."),
+        (("cancel",), "Name either ids, or a batch."),
+        (("batch", "no[/b].jsonl"), "'no[/b].jsonl' cannot be read"),
+        (("batch", "-", "--out", "/no/such/file"), "/no/such/file cannot be used"),
+        (("wait", "nothing"), "There is no such job."),
+        (("list", "--url", "http://127.0.0.1:9"), "start a server with `polycollide up`"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_sentence(service, call, arguments, sentence):
+    service.on("GET /v1/jobs/nothing", problem(404, "unknown_job", "There is no such job."))
+    result = call(*arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert sentence in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def in_terminal(service: ScriptedService, *arguments: str, until: bytes) -> tuple[int, bytes]:
+    """Runs the command in a terminal of its own and presses Ctrl-C once `until` is shown."""
+    env = os.environ | {"POLYCOLLIDE_URL": service.url, "COLUMNS": "120", "TERM": "xterm"}
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "polycollide", *arguments]
+    with subprocess.Popen(
+        command, stdout=theirs, stderr=theirs, start_new_session=True, env=env
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        while until not in shown:
+            shown += os.read(ours, 4096)
+        process.send_signal(signal.SIGINT)
+        try:
+            while chunk := os.read(ours, 4096):
+                shown += chunk
+        except OSError:  # the terminal's end
+            pass
+        os.close(ours)
+        return process.wait(), shown
+
+
+def test_watch_shows_bars_and_ctrl_c_leaves_the_jobs_running(service):
+    progress = {"steps": 321, "rows_left": 4, "worst_l_pos": 7.77, "steps_per_second": 55.0}
+    running = job(ID, "running", spec={"max_steps": 2000}, progress=progress)
+    service.on(f"GET /v1/jobs/{ID}", reply(running))
+    service.on(f"GET /v1/jobs/{OTHER}", reply(job(OTHER)))
+    code, shown = in_terminal(service, "watch", ID, OTHER, until=b"7.77")
+    assert code == 130
+    for words in (b"0 of 2 done: 1 running, 1 queued", b"321/2000", b"4", b"55"):
+        assert words in shown
+    assert b"The jobs go on; `polycollide watch " in shown
+    assert {received.method for received in service.received} == {"GET"}
+
+
+def test_ctrl_c_in_the_middle_of_a_long_poll_ends_the_wait_at_once(service):
+    service.on(f"GET /v1/jobs/{ID}", late(5, reply(job(ID))))
+    began = time.monotonic()
+    code, shown = in_terminal(service, "wait", ID, until=b"done")
+    assert code == 130
+    assert f"`polycollide wait {ID}` comes back to them".encode() in shown
+    assert time.monotonic() - began < 4.5
+
+
+def test_of_many_jobs_those_that_run_get_a_line_as_far_as_the_screen_goes():
+    jobs = [live.Job(id=f"j{i}", status="running" if i < 60 else "queued") for i in range(200)]
+    view = live._view(jobs)
+    assert str(view) == "0 of 200 done: 60 running, 140 queued"
+    rows = live._bars(view).row_count
+    assert rows == min(60, max(1, live.aside.height - 6)) + 1
+    later = live._view([*jobs[:100], *(live.Job(id="x", status="succeeded") for _ in range(100))])
+    assert live._pace(view, later, 50.0) == "; 2 jobs/s, 0:00:50 left"
+
+
+def test_results_and_settings_go_to_files_of_their_own(tmp_path: Path):
+    from polycollide.settings import merge
+
+    assert merge({"a": None, "b": 1}, ["c.d=x", "c.e=[1]", "b=2", "n=null", "t="]) == {
+        **{"b": 2, "c": {"d": "x", "e": [1]}, "n": None, "t": ""},
+    }
