@@ -8,25 +8,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID, uuid4
 
 from sqlalchemy import RowMapping, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.spec import CollisionSpec
+from store.images import Stored
 from store.lifecycle import FINAL, Event, Status, sources, sql_after
 from store.queue import CHANNEL
 
 # What the event loop turns into parameters in one go: some 10 ms.
 _CHUNK = 500
-
-
-class Stored(NamedTuple):
-    """An image that is in the store: its short name, and its hash."""
-
-    name: str
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +63,22 @@ _INSERT = text("""
     VALUES (:id, :key_id, CAST(:labels AS text[]), :total, CAST(:errors AS jsonb))
 """)
 # In order of index, which is then the order of age. Of specs and labels only the different ones
-# come, and each job says which it has.
+# come, and each job says which it has. They come as one text: in an array every quotation mark
+# would be escaped, in Python, on the event loop.
 _INSERT_JOBS = text("""
     WITH spec AS (
         SELECT * FROM unnest(
-            CAST(:specs AS jsonb[]), CAST(:models AS text[]), CAST(:corners AS int[]),
-            CAST(:batch_keys AS text[])
-        ) WITH ORDINALITY AS spec (spec, model, corners, batch_key, number)
+            CAST(:models AS text[]), CAST(:corners AS int[]), CAST(:batch_keys AS text[])
+        ) WITH ORDINALITY AS spec (model, corners, batch_key, number)
+        JOIN jsonb_array_elements(CAST(:specs AS jsonb)) WITH ORDINALITY AS written (spec, number)
+            USING (number)
     ), new AS (
         INSERT INTO jobs (id, key_id, batch_id, batch_index, custom_id, request_id, priority,
             labels, deadline_seconds, spec, model, corners, batch_key,
             source_name, source_sha256, target_name, target_sha256)
         SELECT gen_random_uuid(), :key_id, :batch_id, item.index, item.custom_id, :request_id,
             item.priority,
-            ARRAY(SELECT jsonb_array_elements_text(
-                (CAST(:labels AS jsonb[]))[item.labels_number])),
+            ARRAY(SELECT jsonb_array_elements_text(labels.list)),
             item.deadline_seconds, spec.spec, spec.model, spec.corners, spec.batch_key,
             item.source_name, item.source_sha256, item.target_name, item.target_sha256
         FROM unnest(
@@ -94,6 +89,8 @@ _INSERT_JOBS = text("""
         ) AS item (index, custom_id, spec_number, priority, labels_number, deadline_seconds,
             source_name, source_sha256, target_name, target_sha256)
         JOIN spec ON spec.number = item.spec_number
+        JOIN jsonb_array_elements(CAST(:labels AS jsonb)) WITH ORDINALITY AS labels (list, number)
+            ON labels.number = item.labels_number
         ORDER BY item.index
         RETURNING id, status, attempt
     )
@@ -139,11 +136,11 @@ def _columns(items: Sequence[Item]) -> dict[str, Any]:
     labels = list(dict.fromkeys(item.labels for item in items))
     labels_numbers = {value: number for number, value in enumerate(labels, start=1)}
     return {
-        "specs": [spec.model_dump_json() for spec in specs.values()],
+        "specs": f"[{','.join(spec.model_dump_json() for spec in specs.values())}]",
         "models": [spec.model for spec in specs.values()],
         "corners": [spec.corners for spec in specs.values()],
         "batch_keys": [spec.batch_key for spec in specs.values()],
-        "labels": [json.dumps(value) for value in labels],
+        "labels": json.dumps(labels),
         "indices": [item.index for item in items],
         "custom_ids": [item.custom_id for item in items],
         "spec_numbers": [spec_numbers[id(item.spec)] for item in items],
@@ -196,12 +193,18 @@ async def _counted(connection: AsyncConnection, heads: Sequence[RowMapping]) -> 
     return [Batch(**head, counts=counts[head["id"]]) for head in heads]
 
 
+_EXISTS = text("SELECT EXISTS (SELECT FROM batches WHERE id = :id AND key_id = :key_id)")
 _IN_PROGRESS = text("""
     SELECT EXISTS (
         SELECT FROM jobs
         WHERE batch_id = :id AND status IN ('queued', 'running', 'canceling')
     )
 """)
+
+
+async def exists(connection: AsyncConnection, *, key_id: UUID, batch_id: UUID) -> bool:
+    """Whether this key has such a batch."""
+    return bool(await connection.scalar(_EXISTS, {"id": batch_id, "key_id": key_id}))
 
 
 async def in_progress(connection: AsyncConnection, batch_id: UUID) -> bool:
@@ -267,13 +270,31 @@ _RESULTS = text(f"""
     )::text
     FROM jobs LEFT JOIN metrics ON metrics.job_id = jobs.id {_FINISHED}
 """)
+# A column and what it holds, of a table with a row for each finished job.
+TABLE_COLUMNS = {
+    "index": "jobs.batch_index",
+    "custom_id": "jobs.custom_id",
+    "job_id": "jobs.id",
+    "status": "jobs.status",
+    "error_code": "jobs.error->>'code'",
+    "model": "jobs.model",
+    "layer": "jobs.spec->>'layer'",
+    "corners": "jobs.corners",
+    "seed": "(jobs.spec->>'seed')::bigint",
+    "converged": "metrics.converged",
+    "steps": "metrics.steps",
+    "seconds": "metrics.seconds",
+    "mean_pairwise_distance": "(details->'polytope'->>'mean_pairwise_distance')::float8",
+    "spread": "metrics.spread",
+    "accuracy": "metrics.accuracy",
+    "accuracy_8bit": "metrics.accuracy_8bit",
+    "mean_probability": "(details->'interpolation'->>'mean_probability')::float8",
+    "mean_probability_8bit": "(details->'interpolation'->>'mean_probability_8bit')::float8",
+    "min_probability": "metrics.min_probability",
+    "labels": "jobs.labels",
+}
 _TABLE = text(f"""
-    SELECT jobs.batch_index AS index, jobs.custom_id, jobs.id AS job_id, jobs.status,
-        jobs.error->>'code' AS error_code, jobs.model, jobs.spec->>'layer' AS layer,
-        jobs.corners, (jobs.spec->>'seed')::bigint AS seed, metrics.converged, metrics.steps,
-        metrics.seconds, metrics.spread, metrics.accuracy, metrics.accuracy_8bit,
-        (metrics.details->'interpolation'->>'mean_probability')::float8 AS mean_probability,
-        metrics.min_probability, jobs.labels
+    SELECT {", ".join(f"{value} AS {name}" for name, value in TABLE_COLUMNS.items())}
     FROM jobs LEFT JOIN metrics ON metrics.job_id = jobs.id {_FINISHED}
 """)
 

@@ -9,13 +9,17 @@ from sqlalchemy import TextClause, text
 PNG, NPZ, SAFETENSORS = "image/png", "application/zip", "application/octet-stream"
 
 # In order of hashes, so that two writers of the same blobs wait for each other but never in a
-# circle. Storing again renews `last_used_at`, which keeps the sweep of unreferenced blobs away.
+# circle. Storing again renews `last_used_at`, which keeps the sweep of unreferenced blobs away; a
+# blob of the last hour is safe as it is, and popular samples are not waited for.
 _PUT = text("""
     INSERT INTO blobs (sha256, media_type, size, bytes)
     SELECT sha256, media_type, length(bytes), bytes
     FROM unnest(
         CAST(:sha256 AS text[]), CAST(:media_type AS text[]), CAST(:bytes AS bytea[])
     ) AS new (sha256, media_type, bytes)
+    WHERE NOT EXISTS (
+        SELECT 1 FROM blobs WHERE blobs.sha256 = new.sha256
+        AND last_used_at > now() - interval '1 hour')
     ORDER BY sha256
     ON CONFLICT (sha256) DO UPDATE SET last_used_at = now()
 """)

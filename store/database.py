@@ -28,10 +28,12 @@ def connect(settings: Settings) -> Engine:
     )
 
 
-def connect_async(settings: Settings) -> AsyncEngine:
-    """For the API."""
+def connect_async(settings: Settings, *, reading: bool = False) -> AsyncEngine:
+    """For the API; for `reading`, each statement is a transaction of its own."""
     return create_async_engine(
         settings.sqlalchemy_url,
+        # Of the pool, not of a checkout: changing it there takes as long as a query.
+        isolation_level="AUTOCOMMIT" if reading else "READ COMMITTED",
         connect_args=_CONNECT,
         pool_pre_ping=True,
         pool_size=10,

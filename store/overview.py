@@ -5,12 +5,13 @@ Functions take a connection and never commit.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from itertools import groupby
 from typing import Any
 
 from sqlalchemy import RowMapping, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from core.errors import UnknownName
 from store.lifecycle import FINAL, Status
 
 # A worker that was not heard of for so long is taken for gone.
@@ -19,16 +20,21 @@ FRESH = "heartbeat_at > clock_timestamp() - interval '10 seconds'"
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A network that some live worker serves. `layers` is None until one has looked."""
+    """A network that some live worker serves.
+
+    `classes` and `layers` are only read for one model by name; layers are unknown until a worker
+    has opened the network.
+    """
 
     name: str
     weights: list[str]
     input_shape: list[int]
-    classes: list[str] | None
+    class_count: int | None
     origin: str
     ready: bool
+    layers_known: bool
+    classes: list[str] | None
     layers: list[dict[str, Any]] | None
-    reported_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,32 +50,45 @@ class Queue:
     counters: Mapping[str, int]
 
 
+_LIVE = f"slot IN (SELECT slot FROM workers WHERE NOT draining AND {FRESH})"
+# Without a name the long columns stay where they are: a thousand classes a network are 30 KB.
 _MODELS = text(f"""
-    SELECT name, weights, input_shape, classes, origin, ready, layers, reported_at FROM models
-    WHERE slot IN (SELECT slot FROM workers WHERE NOT draining AND {FRESH})
+    SELECT name, weights, input_shape, jsonb_array_length(classes) AS class_count, origin, ready,
+        layers IS NOT NULL AS layers_known,
+        CASE WHEN CAST(:name AS text) IS NOT NULL THEN classes END AS classes,
+        CASE WHEN CAST(:name AS text) IS NOT NULL THEN layers END AS layers
+    FROM models WHERE {_LIVE} AND (CAST(:name AS text) IS NULL OR name = :name)
     ORDER BY name, reported_at DESC
 """)
+_NAMES = text(f"SELECT DISTINCT name FROM models WHERE {_LIVE}")
 
 
 async def models(connection: AsyncConnection) -> list[Model]:
     """What live workers serve, by name; the latest report wins, and one that is ready is enough."""
-    reports: dict[str, list[RowMapping]] = {}
-    for report in (await connection.execute(_MODELS)).mappings():
-        reports.setdefault(report["name"], []).append(report)
-    return [_merged(of_model) for of_model in reports.values()]
+    reports = (await connection.execute(_MODELS, {"name": None})).mappings()
+    return [_merged(list(of_one)) for _, of_one in groupby(reports, lambda row: row["name"])]
+
+
+async def model(connection: AsyncConnection, name: str) -> Model:
+    """A model with its classes and layers. Raises UnknownName unless a live worker serves it."""
+    reports = (await connection.execute(_MODELS, {"name": name})).mappings().all()
+    if not reports:
+        raise UnknownName("model", name, (await connection.execute(_NAMES)).scalars())
+    return _merged(reports)
 
 
 def _merged(reports: Sequence[RowMapping]) -> Model:
-    latest = reports[0]
+    """One model of what several slots report, the latest first.
+
+    What only a loaded network tells comes from whichever has loaded the same weights.
+    """
+    latest = dict(reports[0])
     same = [report for report in reports if report["weights"] == latest["weights"]]
-    return Model(
-        **latest
-        | {
-            "ready": any(report["ready"] for report in reports),
-            "classes": next((r["classes"] for r in same if r["classes"] is not None), None),
-            "layers": next((r["layers"] for r in same if r["layers"] is not None), None),
-        }
-    )
+    for column in ("class_count", "classes", "layers"):
+        latest[column] = next((r[column] for r in same if r[column] is not None), None)
+    latest["layers_known"] = any(report["layers_known"] for report in same)
+    latest["ready"] = any(report["ready"] for report in reports)
+    return Model(**latest)
 
 
 # By the partial indexes of what waits and what is leased: finished jobs are not touched.
@@ -116,9 +135,8 @@ async def workers(connection: AsyncConnection) -> int:
     return int(await connection.scalar(live) or 0)
 
 
-async def revision(connection: AsyncConnection) -> str | None:
-    """Where the schema stands: Alembic's revision, None in a database that was never migrated."""
+async def revision(connection: AsyncConnection) -> str:
+    """Where the schema stands: Alembic's revision, empty in a database without any."""
     if await connection.scalar(text("SELECT to_regclass('alembic_version')")) is None:
-        return None
-    found: str | None = await connection.scalar(text("SELECT version_num FROM alembic_version"))
-    return found
+        return ""
+    return await connection.scalar(text("SELECT version_num FROM alembic_version")) or ""

@@ -108,7 +108,7 @@ _UNLEASE = "lease_token = NULL, lease_expires_at = NULL"
 
 
 def _held(leases: Iterable[Lease]) -> dict[str, Any]:
-    held = list(leases)
+    held = sorted(leases, key=lambda lease: lease.job_id)  # nobody waits in a circle
     return {"ids": [lease.job_id for lease in held], "tokens": [lease.token for lease in held]}
 
 
@@ -240,9 +240,7 @@ _EXTEND = text(f"""
 _PROGRESS = text(f"""
     WITH told AS (
         UPDATE jobs SET progress = news.progress
-        FROM unnest(
-            CAST(:ids AS uuid[]), CAST(:tokens AS uuid[]), CAST(:progress AS jsonb[])
-        ) AS news (id, token, progress)
+        FROM jsonb_to_recordset(CAST(:news AS jsonb)) AS news (id uuid, token uuid, progress jsonb)
         WHERE jobs.id = news.id AND jobs.lease_token = news.token
         RETURNING jobs.id, jobs.progress
     ), noted AS (
@@ -260,8 +258,11 @@ def extend(connection: Connection, leases: Iterable[Lease], lease: timedelta) ->
 
 def report_progress(connection: Connection, news: Mapping[Lease, Mapping[str, Any]]) -> None:
     """Tells how far jobs are."""
-    progress = [json.dumps(told) for told in news.values()]
-    connection.execute(_PROGRESS, _held(news) | {"progress": progress})
+    rows = [
+        {"id": str(lease.job_id), "token": str(lease.token), "progress": progress}
+        for lease, progress in sorted(news.items(), key=lambda item: item[0].job_id)
+    ]
+    connection.execute(_PROGRESS, {"news": json.dumps(rows)})
 
 
 _CHECKPOINT = text(f"""
@@ -299,13 +300,14 @@ def keep_snapshot(connection: Connection, lease: Lease, steps: int, png: bytes) 
 
 
 _SUCCEED = _statement(Event.SUCCEED, _HELD, f"{_UNLEASE}, checkpoint_sha256 = NULL", reason="NULL")
+# Many values of JSON travel as one: escaped into an array one by one they take several times as long.
 _CORNERS = text("""
     INSERT INTO corners (job_id, index, png_sha256, converged, label, probability, l_pos,
         violation, relative_residual, distance_to_source, distance_to_target, details)
     SELECT job_id, index, png_sha256, converged, label, probability, l_pos,
         violation, relative_residual, distance_to_source, distance_to_target, details
-    FROM unnest(CAST(:job_ids AS uuid[]), CAST(:pngs AS text[]), CAST(:details AS jsonb[]))
-        AS new (job_id, png_sha256, details),
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb))
+        AS new (job_id uuid, png_sha256 text, details jsonb),
     jsonb_to_record(details) AS corner (index smallint, converged boolean, label int,
         probability float8, l_pos float8, violation float8, relative_residual float8,
         distance_to_source float8, distance_to_target float8)
@@ -318,7 +320,7 @@ _METRICS = text("""
         (details->'interpolation'->>'accuracy')::float8,
         (details->'interpolation'->>'accuracy_8bit')::float8,
         (details->'interpolation'->>'min_probability')::float8, details
-    FROM unnest(CAST(:job_ids AS uuid[]), CAST(:details AS jsonb[])) AS new (job_id, details)
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS new (job_id uuid, details jsonb)
 """)
 _ARTIFACTS = text("""
     INSERT INTO artifacts (job_id, name, sha256)
@@ -337,27 +339,24 @@ def succeed(connection: Connection, finished: Sequence[Finished]) -> set[UUID]:
     ours = [job for job in finished if job.lease.job_id in succeeded]
     if not ours:
         return succeeded
-    pngs = [(job, png) for job in ours for png in job.pngs]
     files = [(job, name, content) for job in ours for name, content in job.files.items()]
-    stored = [(blobs.PNG, png) for _, png in pngs]
+    stored = [(blobs.PNG, png) for job in ours for png in job.pngs]
     stored += [(_media_type(name), content) for _, name, content in files]
     connection.execute(*blobs.put(stored))
-    connection.execute(
-        _CORNERS,
+    corners = [
+        {"job_id": str(job.lease.job_id), "png_sha256": blobs.digest(png), "details": corner}
+        for job in ours
+        for png, corner in zip(job.pngs, job.result["corners"], strict=True)
+    ]
+    connection.execute(_CORNERS, {"rows": json.dumps(corners)})
+    metrics = [
         {
-            "job_ids": [job.lease.job_id for job, _ in pngs],
-            "pngs": [blobs.digest(png) for _, png in pngs],
-            "details": [json.dumps(corner) for job in ours for corner in job.result["corners"]],
-        },
-    )
-    rest = [{k: v for k, v in job.result.items() if k != "corners"} for job in ours]
-    connection.execute(
-        _METRICS,
-        {
-            "job_ids": [job.lease.job_id for job in ours],
-            "details": [json.dumps(details) for details in rest],
-        },
-    )
+            "job_id": str(job.lease.job_id),
+            "details": {name: v for name, v in job.result.items() if name != "corners"},
+        }
+        for job in ours
+    ]
+    connection.execute(_METRICS, {"rows": json.dumps(metrics)})
     connection.execute(
         _ARTIFACTS,
         {

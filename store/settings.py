@@ -71,7 +71,8 @@ class Settings(BaseSettings):
     keep_snapshots: timedelta = Field(timedelta(days=7), description="Of finished jobs.")
     keep_events: timedelta = Field(timedelta(days=7), description="Of finished jobs.")
     keep_idempotency_keys: timedelta = timedelta(hours=24)
-    keep_unreferenced_blobs: timedelta = timedelta(days=1)
+    # More than the hour in which `blobs.put` takes a blob for safe.
+    keep_unreferenced_blobs: timedelta = Field(timedelta(days=1), ge=timedelta(hours=2))
     keep_workers: timedelta = Field(timedelta(days=1), description="Since their last heartbeat.")
 
     @model_validator(mode="after")

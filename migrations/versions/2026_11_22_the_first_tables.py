@@ -221,6 +221,13 @@ def upgrade() -> None:
         postgresql_with={"fillfactor": 70},
     )
     op.create_index(
+        op.f("ix_jobs_batch_id_batch_index"),
+        "jobs",
+        ["batch_id", "batch_index"],
+        unique=True,
+        postgresql_where=sa.text("batch_id IS NOT NULL"),
+    )
+    op.create_index(
         op.f("ix_jobs_batch_id_status"),
         "jobs",
         ["batch_id", "status"],
@@ -372,6 +379,11 @@ def downgrade() -> None:
     )
     op.drop_index(
         op.f("ix_jobs_batch_id_status"),
+        table_name="jobs",
+        postgresql_where=sa.text("batch_id IS NOT NULL"),
+    )
+    op.drop_index(
+        op.f("ix_jobs_batch_id_batch_index"),
         table_name="jobs",
         postgresql_where=sa.text("batch_id IS NOT NULL"),
     )

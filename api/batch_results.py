@@ -1,0 +1,58 @@
+"""The results of a batch, as lines of JSON or as a table: streamed, in bounded memory."""
+
+import csv
+import io
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from store import batches
+
+# What a page is to weigh: a result of 5 corners has 7 KB, one of 256 corners 1.5 MB.
+_PAGE_BYTES = 2**20
+_MAX_PAGE = 256
+
+
+async def jsonl(reading: AsyncEngine, batch_id: UUID) -> AsyncIterator[str]:
+    """A JSON object a line; no connection is held while the client reads."""
+    after, limit = -1, 1
+    while True:
+        async with reading.connect() as connection:
+            found = await batches.results(connection, batch_id, after=after, limit=limit)
+        if not found:
+            return
+        after = found[-1][0]
+        page = "".join(f"{line}\n" for _, line in found)
+        limit = min(limit * 2, _MAX_PAGE) if len(page) < _PAGE_BYTES else max(limit // 2, 1)
+        yield page
+
+
+async def table(reading: AsyncEngine, batch_id: UUID) -> AsyncIterator[str]:
+    """CSV with a header; text that a spreadsheet would take for a formula is made harmless."""
+    after, columns = -1, list(batches.TABLE_COLUMNS)
+    yield _csv([columns])
+    while True:
+        async with reading.connect() as connection:
+            found = await batches.table(connection, batch_id, after=after, limit=_MAX_PAGE)
+        if not found:
+            return
+        after = found[-1]["index"]
+        yield _csv([[_cell(row[column]) for column in columns] for row in found])
+
+
+def _csv(rows: list[list[Any]]) -> str:
+    file = io.StringIO()
+    csv.writer(file).writerows(rows)
+    return file.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        return ";".join(_cell(each) for each in value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{value}"
+    return value

@@ -1,0 +1,80 @@
+"""Who waits for which job: one LISTEN per process wakes them all, and none holds a connection."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from uuid import UUID
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from store import notices
+
+_log = structlog.get_logger(__name__)
+
+# Should a notice get lost with its connection, a waiter still looks this often.
+PATIENCE = 10.0
+
+
+class Hub:
+    """Of one process. `run` is its task."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._waiters: dict[UUID | None, set[asyncio.Event]] = defaultdict(set)
+
+    @contextmanager
+    def waiter(self, job_id: UUID | None) -> Iterator["Waiter"]:
+        """Hears of every change of the job from here on; with None, of every job's."""
+        bell = asyncio.Event()
+        self._waiters[job_id].add(bell)
+        try:
+            yield Waiter(bell)
+        finally:
+            self._waiters[job_id].discard(bell)
+            if not self._waiters[job_id]:
+                del self._waiters[job_id]
+
+    async def until(
+        self, done: Callable[[], Awaitable[bool]], *, job_id: UUID | None, seconds: float
+    ) -> None:
+        """Asks `done` now and whenever the job changes, until it is or the time is over."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        with self.waiter(job_id) as waiter:
+            while not await done() and (left := end - loop.time()) > 0:
+                await waiter.wait(left)
+
+    async def run(self) -> None:
+        """Listens until it is canceled, over restarts of Postgres."""
+        while True:
+            try:
+                async for job_id in notices.listen(self._engine):
+                    self._wake(job_id)
+            except SQLAlchemyError as error:
+                _log.warning("listening failed", error=str(error))
+            await asyncio.sleep(1)
+
+    def _wake(self, job_id: UUID | None) -> None:
+        """Those who wait for this job and for any; with None, when something was missed, all."""
+        ids = [None, job_id] if job_id is not None else list(self._waiters)
+        for bell in [bell for known in ids for bell in self._waiters.get(known, ())]:
+            bell.set()
+
+
+class Waiter:
+    """One who waits."""
+
+    def __init__(self, bell: asyncio.Event) -> None:
+        self._bell = bell
+
+    async def wait(self, seconds: float) -> None:
+        """Until something happened since the last `wait`, or so many seconds passed."""
+        try:
+            async with asyncio.timeout(min(seconds, PATIENCE)):
+                await self._bell.wait()
+        except TimeoutError:
+            pass
+        self._bell.clear()

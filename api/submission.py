@@ -1,0 +1,194 @@
+"""How a job comes in: its body read and checked without a connection, then written in one go."""
+
+import asyncio
+import hashlib
+import json
+from dataclasses import dataclass
+from email.message import Message
+from typing import Annotated, TypeVar
+from uuid import UUID, uuid4
+
+from fastapi import Depends, Request
+from pydantic import BaseModel, ValidationError
+from sqlalchemy.ext.asyncio import AsyncConnection
+from starlette.datastructures import UploadFile
+
+from api import pictures
+from api.deps import KeyId, Parts
+from api.errors import (
+    ApiError,
+    FieldError,
+    IdempotencyKeyReused,
+    Invalid,
+    MalformedBody,
+    SameImage,
+    TooManyQueuedJobs,
+    UnknownImage,
+    UnsupportedMediaType,
+)
+from api.pictures import Known
+from api.schemas import JobPart, JobRequest
+from core import images as core_images
+from store import catalog, idempotency, images, jobs
+from store.images import Picture, Stored
+from store.settings import Settings
+
+M = TypeVar("M", bound=BaseModel)
+# Parsing more than this would keep other requests waiting for too long.
+_LONG = 2**18
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job whose body was read, and whose images were checked."""
+
+    request: JobRequest | JobPart
+    source: Picture | Known
+    target: Picture | Known
+
+    @property
+    def sha256(self) -> str:
+        """The same for bodies that ask for the same thing."""
+        body = self.request.model_dump(mode="json", exclude={"source", "target"})
+        body |= {"source": self.source.sha256, "target": self.target.sha256}
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+async def _read(request: Request, _: KeyId, parts: Parts) -> Submission:
+    """The job in the body; only a key's owner gets so far as to send one."""
+    media_type = media_type_of(request)
+    if media_type == "application/json":
+        asked: JobRequest | JobPart = await parse(JobRequest, await request.body(), "body")
+        return await _resolve(asked, {}, parts.decoding)
+    if media_type != "multipart/form-data":
+        raise UnsupportedMediaType
+    # Text parts are as long as the body may be: images may come in them.
+    limit = parts.settings.max_body_bytes
+    async with request.form(max_files=2, max_fields=1, max_part_size=limit) as form:
+        text, files = form.get("job"), dict[str, UploadFile]()
+        for name in ("source", "target"):
+            if isinstance(file := form.get(name), UploadFile):
+                files[name] = file
+        if not isinstance(text, str) or len(files) + 1 != len(form.multi_items()):
+            raise Invalid(errors=[FieldError(loc="body", message=_PARTS)])
+        asked = await parse(JobPart, text.encode(errors="replace"), "body", "job")
+        return await _resolve(asked, files, parts.decoding)
+
+
+_PARTS = "The parts are `job`, which is text, and `source`, `target` or both, which are files."
+ReadSubmission = Annotated[Submission, Depends(_read, scope="function")]
+
+
+async def submit(
+    connection: AsyncConnection,
+    submission: Submission,
+    *,
+    key_id: UUID,
+    settings: Settings,
+    idempotency_key: str | None,
+    request_id: str | None,
+) -> tuple[UUID, bool]:
+    """Writes the job and its images; its id, and whether it is new."""
+    job_id, asked = uuid4(), submission.request
+    if idempotency_key is not None:
+        known = await idempotency.take(
+            connection,
+            key_id=key_id,
+            value=idempotency_key,
+            body_sha256=submission.sha256,
+            created_id=job_id,
+            table="jobs",
+        )
+        if known is not None and known.body_sha256 != submission.sha256:
+            raise IdempotencyKeyReused
+        if known is not None:
+            return known.created_id, False
+    limits = {"max_parameters": settings.max_parameters}
+    (await catalog.read(connection, [asked.spec], **limits)).check(asked.spec)
+    limit = settings.max_queued_jobs
+    if not await jobs.has_room(connection, key_id=key_id, jobs=1, limit=limit):
+        raise TooManyQueuedJobs
+    source, target = await _store(connection, key_id, submission)
+    grace = settings.deadline_grace.total_seconds()
+    await jobs.submit(
+        connection,
+        jobs.NewJob(
+            id=job_id,
+            key_id=key_id,
+            spec=asked.spec,
+            source=source,
+            target=target,
+            priority=asked.priority,
+            labels=asked.labels,
+            deadline_seconds=asked.deadline_seconds or asked.spec.max_seconds + grace,
+            request_id=request_id,
+        ),
+    )
+    return job_id, True
+
+
+def media_type_of(request: Request) -> str:
+    """What the request says that its body is, without parameters."""
+    message = Message()
+    message["Content-Type"] = request.headers.get("content-type", "")
+    return message.get_content_type()
+
+
+async def parse(model: type[M], body: bytes, *location: str) -> M:
+    """A body as `model`. Raises Invalid with locations below `location`."""
+    try:
+        if len(body) > _LONG:
+            return await asyncio.to_thread(model.model_validate_json, body, strict=True)
+        return model.model_validate_json(body, strict=True)
+    except ValidationError as error:
+        raise Invalid.of(error, *location) from error
+
+
+async def read_file(file: UploadFile) -> bytes:
+    """What was sent, or one byte more than an image may have."""
+    return await file.read(core_images.MAX_BYTES + 1)
+
+
+async def _resolve(
+    asked: JobRequest | JobPart, files: dict[str, UploadFile], decoding: asyncio.Semaphore
+) -> Submission:
+    found: dict[str, Picture | Known] = {}
+    for name, reference in (("source", asked.source), ("target", asked.target)):
+        if (reference is None) == (name not in files):
+            message = "Give this image once: by a reference, or as a file."
+            raise Invalid(errors=[FieldError(loc=f"body.{name}", message=message)])
+        if reference is not None:
+            found[name] = await pictures.resolve(reference, name, decoding)
+        else:
+            own_name = pictures.short_name(files[name].filename)
+            found[name] = await pictures.check(own_name, await read_file(files[name]), decoding)
+    if found["source"].sha256 == found["target"].sha256:
+        raise SameImage
+    return Submission(asked, found["source"], found["target"])
+
+
+async def _store(
+    connection: AsyncConnection, key_id: UUID, submission: Submission
+) -> tuple[Stored, Stored]:
+    both = (submission.source, submission.target)
+    await images.put(connection, key_id, [image for image in both if isinstance(image, Picture)])
+    hashes = [image.sha256 for image in both if isinstance(image, Known)]
+    names = await images.names(connection, key_id, hashes)
+    stored = []
+    for image in both:
+        if isinstance(image, Picture):
+            stored.append(Stored(image.name, image.sha256))
+        elif image.sha256 in names:
+            stored.append(Stored(names[image.sha256], image.sha256))
+        else:
+            raise UnknownImage(f"You have no image {image.sha256}; send it first.")
+    return stored[0], stored[1]
+
+
+RAISES: tuple[type[ApiError], ...] = (
+    Invalid,
+    MalformedBody,
+    SameImage,
+    UnknownImage,
+    UnsupportedMediaType,
+)

@@ -1,0 +1,98 @@
+"""Whether workers can run what a spec asks for, as far as they have reported."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from core.errors import InvalidSpec, UnknownName
+from core.spec import CollisionSpec
+
+_NAMES = text("SELECT DISTINCT name FROM models")
+# Classes only where somebody asks for one: ImageNet's are 30 KB.
+_MODELS = text("""
+    SELECT name, weights, input_shape, CASE WHEN :classes THEN classes END AS classes,
+        jsonb_path_query_array(layers, '$[*].names[*]') AS layers
+    FROM models WHERE name = ANY(CAST(:names AS text[]))
+""")
+
+
+@dataclass(frozen=True)
+class _Report:
+    weights: list[str]
+    input_shape: list[int]
+    classes: list[str] | None
+    layers: list[str] | None
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What workers have reported of some models."""
+
+    names: frozenset[str]
+    reports: dict[str, list[_Report]]
+    max_parameters: int
+
+    def check(self, spec: CollisionSpec) -> None:
+        """Raises UnknownName or InvalidSpec where no worker can run it.
+
+        What nobody has reported yet is left to the worker to find out.
+        """
+        if not self.names:
+            return
+        if spec.model not in self.names:
+            raise UnknownName("model", spec.model, self.names)
+        reports = self.reports.get(spec.model, [])
+        if spec.weights is not None:
+            listed = _union([report.weights for report in reports])
+            if listed is not None and spec.weights not in listed:
+                raise UnknownName("weights", spec.weights, listed)
+        layers = _union([report.layers for report in reports])
+        if layers is not None and spec.layer not in layers:
+            raise UnknownName("layer", spec.layer, layers)
+        if spec.target_class is not None:
+            classes = _union([report.classes for report in reports])
+            if classes is not None and spec.target_class not in classes:
+                _check_index(spec.target_class, classes)
+        for report in reports:
+            self._check_size(spec, report.input_shape)
+
+    def _check_size(self, spec: CollisionSpec, input_shape: list[int]) -> None:
+        parameters = spec.corners
+        for side in input_shape:
+            parameters *= side
+        if parameters > self.max_parameters:
+            raise InvalidSpec(
+                f"{spec.corners} corners of {'x'.join(map(str, input_shape))} are {parameters:,} "
+                f"parameters, over {self.max_parameters:,}; ask for fewer corners."
+            )
+
+
+async def read(
+    connection: AsyncConnection, specs: Sequence[CollisionSpec], *, max_parameters: int
+) -> Catalog:
+    """What is known of the models of these specs."""
+    wanted = {
+        "names": list({spec.model for spec in specs}),
+        "classes": any(spec.target_class is not None for spec in specs),
+    }
+    reports: dict[str, list[_Report]] = {}
+    for row in await connection.execute(_MODELS, wanted):
+        report = _Report(row.weights, row.input_shape, row.classes, row.layers)
+        reports.setdefault(row.name, []).append(report)
+    names = set(reports)
+    if not names.issuperset(wanted["names"]):  # type: ignore[arg-type]
+        names = set((await connection.execute(_NAMES)).scalars())
+    return Catalog(frozenset(names), reports, max_parameters)
+
+
+def _union(lists: Sequence[list[str] | None]) -> list[str] | None:
+    """What any worker knows; None where none knows a thing, or one might know more."""
+    known = [names for names in lists if names]
+    return [name for names in known for name in names] if len(known) == len(lists) > 0 else None
+
+
+def _check_index(wanted: str, classes: list[str]) -> None:
+    if not (wanted.isdecimal() and wanted.isascii() and int(wanted) < len(classes)):
+        raise UnknownName("class", wanted, classes)
