@@ -1,12 +1,10 @@
 """The real service for tests: API, reconciler and workers as processes, to be killed at will."""
 
 import os
-import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +52,12 @@ class Service:
             **{f"POLYCOLLIDE_{name.upper()}": value for name, value in settings.items()},
         }
         url = make_url(database_url).set(drivername="postgresql+psycopg")
-        self.database: Engine = create_engine(url)
+        self.database: Engine = create_engine(url, pool_pre_ping=True)
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=70)
+        self.api: Process
+        self.reconciler: Process
         self._started: list[Process] = []
-        self._workers = 0
+        self._workers: list[Process] = []
 
     def start(self, name: str, *argv: str, **env: str) -> Process:
         """A process of the service, which ends with it."""
@@ -68,9 +68,9 @@ class Service:
 
     def start_api(self) -> Process:
         """The API, once it answers."""
-        process = self.start("API", "api")
+        self.api = self.start("API", "api")
         self.until(self._answers, 30, "the API answers")
-        return process
+        return self.api
 
     def _answers(self) -> bool:
         try:
@@ -80,23 +80,30 @@ class Service:
 
     def start_reconciler(self) -> Process:
         """A reconciler."""
-        return self.start("reconciler", "worker.reconciler")
+        self.reconciler = self.start("reconciler", "worker.reconciler")
+        return self.reconciler
 
     def start_worker(self, *, ready: bool = True, **env: str) -> Process:
         """A worker, in a slot of its own; once its child has entered itself in the store."""
-        self._workers += 1
-        slot = f"test:{self._workers}:cpu"
+        number = len(self._started)
+        slot = f"test:{number}:cpu"
         options = ["--concurrency=1", "--without-mingle", "--without-gossip", "--loglevel=WARNING"]
         process = self.start(
             f"worker {slot}",
-            *("celery", "--app", "worker.app", "worker", f"--hostname=w{self._workers}@%h"),
+            *("celery", "--app", "worker.app", "worker", f"--hostname=w{number}@%h"),
             *options,
             POLYCOLLIDE_SLOT=slot,
             **env,
         )
+        self._workers.append(process)
         if ready:
             self.until(lambda: slot in self.slots(), 60, "the worker is there")
         return process
+
+    def stop_workers(self) -> None:
+        """Ends all workers, at once and without a word."""
+        while self._workers:
+            self._workers.pop().kill()
 
     def slots(self) -> list[str]:
         """The workers that are entered."""
@@ -113,6 +120,17 @@ class Service:
         answer = self.client.post("/v1/jobs", json={**pair(i), "spec": dict(spec), **more})
         assert answer.status_code == 202, answer.text
         return str(answer.json()["id"])
+
+    def submit_many(self, count: int) -> list[str]:
+        """Small jobs; their ids."""
+        return [self.submit(SMALL, i) for i in range(count)]
+
+    def all_succeed(self, ids: list[str], within: float = 60) -> list[dict[str, Any]]:
+        """Jobs, once all of them have succeeded."""
+        ended = [self.ended(job_id, within) for job_id in ids]
+        assert {job["status"] for job in ended} == {"succeeded"}, self.log()[-5000:]
+        self.check()
+        return ended
 
     def job(self, job_id: str, wait: float = 0) -> dict[str, Any]:
         """A job as it is, or as it is when it ends within `wait` seconds."""
@@ -171,11 +189,3 @@ class Service:
             process.kill()
         self.client.close()
         self.database.dispose()
-
-
-@contextmanager
-def stopped(process: psutil.Process) -> Iterator[None]:
-    """A process that stands still for a while, as on a machine that swaps."""
-    process.send_signal(signal.SIGSTOP)
-    yield
-    process.send_signal(signal.SIGCONT)

@@ -28,7 +28,8 @@ def main() -> int:
     try:
         with database.connect() as connection:
             host = f"{socket.gethostname()}:"
-            slots = connection.execute(_SLOTS, {"host": host, "fresh": FRESH}).tuples().all()
+            rows = connection.execute(_SLOTS, {"host": host, "fresh": FRESH})
+            slots = [(str(slot), bool(fresh)) for slot, fresh in rows]
     except SQLAlchemyError as error:
         print(f"The store does not answer: {str(error).splitlines()[0]}")
         return 1

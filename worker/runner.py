@@ -242,9 +242,11 @@ class Runner:
         if batch_key not in self._stations:
             self._beat.opening = True  # a download is no step, but takes its time
             try:
-                station = Station(self._bench.subject(spec), spec, self._on_step)
+                subject = self._bench.subject(spec)
             finally:
                 self._beat.opening = False
+                self._beat.alive()
+            station = Station(subject, spec, self._on_step)
             # A newcomer starts level with the others.
             station.spent = min((s.spent for s in self._stations.values()), default=0.0)
             for idle in [key for key, other in self._stations.items() if not other.rows]:

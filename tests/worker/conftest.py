@@ -1,5 +1,6 @@
-"""Services of real processes."""
+"""Services of real processes, one for each module: they take seconds to start."""
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,22 +9,21 @@ from service import Service
 
 from polycollide import stack
 
+# So that what vanishes is soon missed.
+SHORT = {"lease": "PT3S", "heartbeat": "PT0.3S", "reconcile_every": "PT0.5S"}
 
-@pytest.fixture
-def service(
-    new_database: Callable[[], str], redis: stack.Redis, tmp_path: Path
-) -> Iterator[Service]:
-    """No process yet; leases are short, so that what vanishes is soon missed."""
+
+@pytest.fixture(scope="module")
+def whole(new_database: Callable[[], str], redis: stack.Redis) -> Iterator[Service]:
+    """API and reconciler, with short leases; workers are the module's."""
     import redis as client
 
     client.Redis.from_url(redis.url).flushall()
-    made = Service(
-        new_database(),
-        redis.url,
-        tmp_path,
-        lease="PT3S",
-        heartbeat="PT0.3S",
-        reconcile_every="PT0.5S",
-    )
-    yield made
-    made.stop()
+    with tempfile.TemporaryDirectory() as folder:
+        made = Service(new_database(), redis.url, Path(folder), **SHORT)
+        try:
+            made.start_api()
+            made.start_reconciler()
+            yield made
+        finally:
+            made.stop()
