@@ -131,7 +131,7 @@ def check(name: str, data: bytes) -> tuple[str, int, int]:
     _check_bytes(name, len(data))
     image, _ = _decode(name, data)
     reader = next(reader for magic, reader in _READERS.items() if data.startswith(magic))
-    return Image.MIME[reader.format], image.width, image.height
+    return Image.MIME[str(reader.format)], image.width, image.height
 
 
 def to_8bit(pixels: NDArray[np.floating]) -> NDArray[np.uint8]:

@@ -16,6 +16,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# What is missing tells which extra has it.
+COMPUTING = ("matplotlib", "PIL", "safetensors", "scipy", "torch", "torchvision")
+
 Device = Annotated[
     str | None, typer.Option(help="cpu or cuda; the GPU is taken where there is one.")
 ]
@@ -81,6 +84,81 @@ def reproduce(
 
 app.add_typer(commands.service)
 
+OPERATING = "Run the service"
+keys = typer.Typer(no_args_is_help=True, help="Create, list and revoke API keys.")
+app.add_typer(keys, name="keys", rich_help_panel=OPERATING)
+
+
+@app.command(rich_help_panel=OPERATING)
+def up(
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where everything is kept.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the API.")] = 8000,
+) -> None:
+    """Run everything on this machine, servers included, until Ctrl-C."""
+    from polycollide import server
+
+    server.up(data, port)
+
+
+@app.command(rich_help_panel=OPERATING)
+def worker() -> None:
+    """Run jobs: one worker for each visible GPU, or one on the CPU."""
+    from polycollide import server
+
+    server.worker()
+
+
+@app.command(rich_help_panel=OPERATING)
+def api() -> None:
+    """Run the HTTP API."""
+    from polycollide import server
+
+    server.api()
+
+
+@app.command(rich_help_panel=OPERATING)
+def reconciler() -> None:
+    """Run the reconciler: expired leases, unheard bells, retention."""
+    from polycollide import server
+
+    server.reconciler()
+
+
+@app.command(rich_help_panel=OPERATING)
+def migrate() -> None:
+    """Bring the database's schema up to date."""
+    from polycollide import server
+
+    server.migrate_database()
+
+
+@keys.command("create")
+def create_key(name: Annotated[str, typer.Argument(help="Whose it is, for your lists.")]) -> None:
+    """Make an API key and show it, this once."""
+    from polycollide import server
+
+    server.create_key(name)
+
+
+@keys.command("list")
+def list_keys() -> None:
+    """List API keys by their prefixes."""
+    from polycollide import server
+
+    server.list_keys()
+
+
+@keys.command("revoke")
+def revoke_key(
+    prefix: Annotated[str, typer.Argument(help="From `polycollide keys list`.")],
+) -> None:
+    """Close an API key for good."""
+    from polycollide import server
+
+    server.revoke_key(prefix)
+
 
 def main() -> None:
     """The entry point of the command."""
@@ -89,8 +167,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("core", "polycollide"):
             raise
-        needs = f"This command computes here, which needs {error.name}"
-        typer.echo(f"Error: {needs}: pip install 'polycollide[core]'.", err=True)
+        extra = "core" if error.name in COMPUTING else "local"
+        needs = f"This command needs {error.name}: pip install 'polycollide[{extra}]'."
+        typer.echo(f"Error: {needs}", err=True)
         raise SystemExit(1) from None
 
 

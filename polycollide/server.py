@@ -13,20 +13,16 @@ from pathlib import Path
 from types import FrameType
 
 import httpx
-import typer
 from pydantic import ValidationError
-from rich.console import Console
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from polycollide import stack
+from polycollide.listing import aside, console, fail, listing
 from polycollide.stack import Process, StackError
 from store import keys
 from store.database import connect, migrate
 from store.settings import Settings
-
-console = Console(markup=False, highlight=False)
-aside = Console(stderr=True, markup=False, highlight=False)
 
 PYTHON = [sys.executable, "-m"]
 API, RECONCILER = [*PYTHON, "api"], [*PYTHON, "worker.reconciler"]
@@ -103,8 +99,6 @@ def create_key(name: str) -> None:
 
 def list_keys() -> None:
     """Prints the API keys."""
-    from polycollide.listing import listing
-
     with in_one_sentence(), transaction() as connection:
         table = listing("prefix", "name", "created", "revoked")
         for key in keys.listed(connection):
@@ -141,10 +135,10 @@ def worker_processes(*, log: Path | None = None) -> Iterator[list[Process]]:
     slots: list[str] = []
     with ExitStack() as started:
         processes = []
-        for gpu in visible_gpus() or [None]:
+        for gpu in visible_gpus() or [""]:
             slots.append(f"{place}:{gpu or 'cpu'}")
             own = {"POLYCOLLIDE_SLOT": slots[-1], "OMP_WAIT_POLICY": "PASSIVE"}
-            own |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+            own |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
             named = [*celery, "--hostname", f"{slots[-1].replace(':', '-')}@%h"]
             process = running(f"worker {slots[-1]}", named, own, grace=WORKER_GRACE, log=log)
             processes.append(started.enter_context(process))
@@ -171,7 +165,7 @@ def running(
 
 
 def first_signal() -> list[int]:
-    """A list that gets the signals which ask this process to end."""
+    """What fills up once this process is asked to end."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -227,5 +221,4 @@ def in_one_sentence() -> Iterator[None]:
         message = f"The database does not answer: {str(error).splitlines()[0]}"
     else:
         return
-    aside.print(f"Error: {message}", soft_wrap=True)
-    raise typer.Exit(1)
+    fail(message)

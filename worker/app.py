@@ -7,15 +7,21 @@ to a worker, opens torch.
 
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
+import structlog
 from celery import Celery, signals
-from celery.signals import worker_process_init, worker_shutting_down
+from celery.signals import worker_process_init, worker_shutdown, worker_shutting_down
+from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
 
 from store import workers
 from store.database import connect
 from store.logs import configure
 from store.settings import DRAIN_TASK, QUEUE, settings
+
+log = structlog.get_logger(__name__)
 
 app = Celery("polycollide", broker=settings().redis_url.get_secret_value(), set_as_current=False)
 app.conf.update(
@@ -65,15 +71,24 @@ def _start(**_: Any) -> None:
 @worker_shutting_down.connect
 def _hand_back(**_: Any) -> None:
     """Tells the child, which no signal reaches while it works, that this worker is to end."""
-
-    def tell() -> None:
-        database = connect(settings())
-        with database.begin() as connection:
-            workers.drain(connection, os.environ["POLYCOLLIDE_SLOT"])
-        database.dispose()
-
     # A signal handler must not wait for a database.
-    threading.Thread(target=tell, name="hand back").start()
+    threading.Thread(target=_tell_store, args=(workers.drain,), name="hand back").start()
+
+
+@worker_shutdown.connect
+def _leave(**_: Any) -> None:
+    _tell_store(workers.leave)
+
+
+def _tell_store(news: Callable[[Connection, str], None]) -> None:
+    database = connect(settings())
+    try:
+        with database.begin() as connection:
+            news(connection, os.environ["POLYCOLLIDE_SLOT"])
+    except SQLAlchemyError as error:
+        log.warning("the store does not answer", error=str(error).splitlines()[0])
+    finally:
+        database.dispose()
 
 
 @app.task(name=DRAIN_TASK)

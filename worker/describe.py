@@ -1,10 +1,11 @@
-"""Tells the store which layers the networks on this machine have; run once beside a worker.
+"""Tells the store which networks this machine has, and their layers; run once beside workers.
 
 Opening each network takes a while, so this is a process of its own: `python -m worker.describe`
 with the slots to report for.
 """
 
 import sys
+from typing import Any
 
 import structlog
 import torch
@@ -21,11 +22,15 @@ log = structlog.get_logger(__name__)
 
 
 def main(slots: list[str]) -> None:
-    """Describes every network whose weights are here."""
+    """Lists every network, and describes each whose weights are here."""
     configure(settings().mode)
     torch.set_num_threads(1)  # the worker beside it has jobs to run
     database = connect(settings())
-    for listed in models.listed():
+    known = models.listed()
+    with database.begin() as connection:
+        for slot in slots:
+            workers.report_models(connection, slot, [_report(listed) for listed in known])
+    for listed in known:
         if not listed.ready:
             continue
         try:
@@ -38,6 +43,18 @@ def main(slots: list[str]) -> None:
             for slot in slots:
                 workers.report_layers(connection, slot, listed.name, model.classes, layers)
     database.dispose()
+
+
+def _report(listed: models.Listed) -> dict[str, Any]:
+    """What is known before it is loaded, but not where an operator keeps a models.toml."""
+    return {
+        "name": listed.name,
+        "weights": list(listed.weights),
+        "input_shape": list(listed.input_shape),
+        "classes": None,
+        "origin": "own" if listed.origin.endswith(".toml") else listed.origin,
+        "ready": listed.ready,
+    }
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class Runner:
         self._stations: dict[str, Station] = {}
         self._opened: dict[str, float] = {}  # since when a kind has had jobs here
         self._held: dict[UUID, Held] = {}
-        self._servable: set[str] = set()
+        self._servable = {model.name for model in models.listed()}
         name = torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
         self._beat = Heartbeat(self._database, settings, self._id, slot, name)
         self._stages = Stages()
@@ -96,23 +96,9 @@ class Runner:
         wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
     )
     def _register(self) -> None:
-        listed = models.listed()
-        self._servable = {model.name for model in listed}
-        reports = [
-            {
-                "name": model.name,
-                "weights": list(model.weights),
-                "input_shape": list(model.input_shape),
-                "classes": None,
-                "origin": "own" if model.origin.endswith(".toml") else model.origin,
-                "ready": model.ready,
-            }
-            for model in listed
-        ]
         with self._database.begin() as connection:
             workers.register(connection, self._id, self._slot, self._beat.device)
             queue.expire(connection, self._settings.max_crashes)
-            workers.report_models(connection, self._slot, reports)
             wanted = connection.scalars(
                 text("SELECT checkpoint_sha256 FROM jobs WHERE checkpoint_sha256 IS NOT NULL")
             )
