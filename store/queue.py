@@ -300,7 +300,7 @@ def keep_snapshot(connection: Connection, lease: Lease, steps: int, png: bytes) 
 
 
 _SUCCEED = _statement(Event.SUCCEED, _HELD, f"{_UNLEASE}, checkpoint_sha256 = NULL", reason="NULL")
-# Many values of JSON travel as one: escaped into an array one by one they take several times as long.
+# Many values of JSON travel as one: escaped one by one, for an array, they take far longer.
 _CORNERS = text("""
     INSERT INTO corners (job_id, index, png_sha256, converged, label, probability, l_pos,
         violation, relative_residual, distance_to_source, distance_to_target, details)

@@ -42,7 +42,8 @@ MODEL = {
     "origin": "shipped",
     "ready": True,
     "layers": [
-        {"name": name, "shape": [256], "units": 256, "cut": True} for name in ("fc1", "fc2")
+        {"name": name, "names": [name], "shape": [256], "units": 256, "cut": True}
+        for name in ("fc1", "fc2")
     ],
 }
 

@@ -290,7 +290,7 @@ def test_specs_that_no_worker_can_run_are_item_errors(
         "classes": list("0123456789"),
         "origin": "polycollide",
         "ready": True,
-        "layers": [{"name": "fc1", "shape": [256], "units": 256, "cut": True}],
+        "layers": [{"name": "fc1", "names": ["fc1"], "shape": [256], "units": 256, "cut": True}],
     }
     items = [JOB, item(spec=SPEC | {"model": "mnist-mpl"}), item(spec=SPEC | {"layer": "fc7"})]
     with serving(service.engine, model):
