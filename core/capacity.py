@@ -1,6 +1,7 @@
 """How many rows at once are worth it on this machine, for a network opened at a layer."""
 
 import resource
+import sys
 import time
 
 import psutil
@@ -13,7 +14,7 @@ from core.taps import matmul_precision
 
 FIRST, MOST = 8, 4096
 GAIN, PATIENCE = 1.1, 2  # what doubling must gain, and how often in a row it may fail to
-TURNS = 3  # the best of so many
+TURNS, TURNS_SECONDS = 3, 0.02  # the best of so many at least, and for so long
 STEP_SECONDS, SECONDS = 1.0, 3.0  # the longest step, and the whole trial
 
 
@@ -53,8 +54,9 @@ def rows_worth(subject: Subject, spec: CollisionSpec, *, memory_fraction: float 
 
 def _trial(subject: Subject, images: Tensor, until: float) -> tuple[float, int]:
     """The fewest seconds that a step with `images` takes, and the bytes it needs."""
-    before, seconds = _in_use(subject.device), []
-    for _ in range(TURNS):
+    before, seconds = _in_use(subject.device), list[float]()
+    first = time.perf_counter()
+    while len(seconds) < TURNS or time.perf_counter() < first + TURNS_SECONDS:
         began = time.perf_counter()
         leaf = images.detach().requires_grad_()
         pre = subject.working_tap(leaf)
@@ -88,4 +90,5 @@ def _peak(device: torch.device) -> int:
     """The most bytes in use so far; on a CPU in the life of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # it counts in KiB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

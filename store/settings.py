@@ -41,7 +41,7 @@ class Settings(BaseSettings):
     stall_after: timedelta = Field(
         timedelta(minutes=5), description="A worker without a step for so long is taken for hung."
     )
-    jobs_at_once: int = Field(256, ge=1, description="That a worker holds.")
+    jobs_at_once: int = Field(128, ge=1, description="That a worker holds.")
     max_crashes: int = Field(
         3, ge=1, description="Attempts that may end with their worker, before the job fails."
     )

@@ -6,6 +6,7 @@ to a worker, opens torch.
 """
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -64,6 +65,9 @@ def _start(**_: Any) -> None:
 
     global _child
     configure(settings().mode)
+    # The loop gives up the interpreter at every operation of torch; the default of 5 ms is what it
+    # would then wait for a thread that encodes results.
+    sys.setswitchinterval(2e-4)
     _child = Runner(settings(), os.environ["POLYCOLLIDE_SLOT"])
     _child.start()
 

@@ -4,9 +4,11 @@ Three threads: this loop owns the device, a *claimer* talks to the store ahead o
 behind it, so that the device never waits for SQL. The heartbeat is a fourth.
 """
 
+import os
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from typing import Any
 from uuid import UUID, uuid4
 
 import numpy as np
@@ -20,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from core import images, models
 from core.engine import Group
 from core.errors import CoreError
-from core.job import Job, measure, prepare
+from core.job import Job, Outcome, measure, prepare
 from core.spec import CollisionSpec
 from store import queue, workers
 from store.database import connect
@@ -39,6 +41,7 @@ log = structlog.get_logger(__name__)
 FIRST_ROWS = 64
 PATIENCE = 0.1  # seconds until an empty queue is looked at again, while other jobs run
 ROUND = 0.5  # seconds between two looks at deadlines, checkpoints and snapshots
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 OUT_OF_MEMORY = "The device's memory does not hold this job; ask for fewer corners."
 
 
@@ -89,6 +92,9 @@ class Runner:
         self._stages = Stages()
         self._writer = Writer(self._database, settings, self._beat.drop, self._stages)
         self._claimer = ThreadPoolExecutor(1, thread_name_prefix="claimer")
+        measurers = 1 if self._device.type == "cuda" else CORES
+        self._measurers = ThreadPoolExecutor(measurers, thread_name_prefix="measurer")
+        self._measuring: dict[Future[Outcome], Held] = {}
         self._steps, self._round_began = 0, time.monotonic()
 
     @tenacity.retry(
@@ -127,17 +133,21 @@ class Runner:
                     for each in fresh:
                         self._take(each)
             if not claim and (more or time.monotonic() - looked > PATIENCE):
-                looked, claim = time.monotonic(), self._claimer.submit(self._claim, self._view())
+                places = self._settings.jobs_at_once - len(self._held) - len(self._measuring)
+                looked = time.monotonic()
+                claim = self._claimer.submit(self._claim, self._view(), places)
+            self._collect()
             self._obey()
             station = min(
                 (s for s in self._stations.values() if s.rows), key=lambda s: s.spent, default=None
             )
             if station:
                 self._advance(station)
-            elif claim or self._writer.busy:
+            elif claim or self._measuring or self._writer.busy:
+                awaited: list[Future[Any]] = [*self._measuring, *([claim] if claim else [])]
                 with self._stages("idle"):
-                    if claim:
-                        wait([claim], timeout=PATIENCE)
+                    if awaited:
+                        wait(awaited, timeout=PATIENCE, return_when=FIRST_COMPLETED)
                     else:
                         time.sleep(PATIENCE / 20)
             else:
@@ -155,19 +165,18 @@ class Runner:
             for key, station in self._stations.items()
         }
 
-    def _claim(self, running: dict[str, Running]) -> list[Fresh]:
+    def _claim(self, running: dict[str, Running], places: int) -> list[Fresh]:
         """In the claimer's thread: jobs for the room there is."""
         with self._stages("claim"):
-            return self._claim_now(running)
+            return self._claim_now(running, places)
 
-    def _claim_now(self, running: dict[str, Running]) -> list[Fresh]:
+    def _claim_now(self, running: dict[str, Running], places: int) -> list[Fresh]:
         taken: list[Claimed] = []
-        places = self._settings.jobs_at_once - sum(now.jobs for now in running.values())
         try:
             with self._database.begin() as connection:
                 for key in choose(queue.kinds(connection), running, self._servable):
                     now = running.get(key)
-                    if len(taken) == places:
+                    if len(taken) >= places:
                         break
                     taken += queue.claim(
                         connection,
@@ -246,6 +255,7 @@ class Runner:
 
     def _advance(self, station: Station) -> None:
         began = time.perf_counter()
+        torch.set_num_threads(station.threads)
         with self._stages("optimise"):
             finished, broken = station.advance()
         for group in finished:
@@ -255,28 +265,33 @@ class Runner:
         station.spent += time.perf_counter() - began
 
     def _finish(self, held: Held) -> None:
-        """Measures a job whose rows have all ended, and passes it on to be written."""
+        """Has a job measured whose rows have all ended."""
         del self._held[held.id]
-        if not np.isfinite(held.job.group.score).any():
-            self._writer.fail(
-                held.claimed.lease,
-                "diverged",
-                "No corner ever had finite losses; give a smaller learning_rate.",
-            )
+        if np.isfinite(held.job.group.score).any():
+            self._measuring[self._measurers.submit(self._measure, held)] = held
             return
-        while True:
-            try:
-                with self._stages("measure"):
-                    outcome = measure(held.station.subject, held.job, lambda: self._on_chunk(held))
-            except Dropped:
+        message = "No corner ever had finite losses; give a smaller learning_rate."
+        self._writer.fail(held.claimed.lease, "diverged", message)
+
+    def _measure(self, held: Held) -> Outcome:
+        """In a measurer's thread."""
+        torch.set_num_threads(held.station.threads)
+        with self._stages("measure"):
+            return measure(held.station.subject, held.job, lambda: self._on_chunk(held))
+
+    def _collect(self) -> None:
+        """Passes on what has been measured."""
+        for done in [future for future in self._measuring if future.done()]:
+            held = self._measuring.pop(done)
+            error = done.exception()
+            if error is None:
+                self._writer.succeed(held.claimed.lease, held.job, done.result())
+            elif isinstance(error, Dropped):
                 self._let_go(held)
-            except Exception as error:
-                if is_out_of_memory(error) and held.station.shrink():
-                    continue
-                self._fail(held.claimed, error)
+            elif is_out_of_memory(error) and held.station.shrink():
+                self._measuring[self._measurers.submit(self._measure, held)] = held
             else:
-                self._writer.succeed(held.claimed.lease, held.job, outcome)
-            return
+                self._fail(held.claimed, error)
 
     def _on_chunk(self, held: Held) -> None:
         self._beat.alive()
@@ -333,12 +348,14 @@ class Runner:
         """Gives back whatever is still here."""
         for fresh in claim.result() if claim else []:
             self._writer.release(fresh.claimed.lease, "Handed back by a worker that ended.")
+        wait(self._measuring)
+        self._collect()
         for held in self._held.values():
             self._let_go(held)
         self._held.clear()
         self._writer.join_all()
 
-    def _fail(self, claimed: Claimed, error: Exception) -> None:
+    def _fail(self, claimed: Claimed, error: BaseException) -> None:
         if isinstance(error, CoreError):
             code, message = error.code, str(error)
         elif isinstance(error, TimeoutError):

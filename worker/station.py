@@ -5,6 +5,7 @@ and goes on later. So memory that runs out costs time but no job, and a job that
 it takes part in ends alone.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ import torch
 from core.capacity import rows_worth
 from torch import Tensor
 
-from core.engine import Group
+from core.engine import SMALL_IMAGE, Group
 from core.job import Job, Subject
 from core.spec import CollisionSpec
 
 log = structlog.get_logger(__name__)
 
 State = Mapping[str, Tensor]
+THREADS = torch.get_num_threads()
 # Strides without trouble after which twice as many rows are tried again.
 RECOVERY = 100
 
@@ -44,8 +46,13 @@ class Station:
 
     def __init__(self, subject: Subject, spec: CollisionSpec, on_step: Callable[[], None]) -> None:
         self.subject = subject
+        # Small images gain nothing from several cores at once, but other threads need one.
+        small = math.prod(subject.model.input_shape) <= SMALL_IMAGE
+        self.threads = 1 if small else THREADS
+        torch.set_num_threads(self.threads)
         self.capacity = rows_worth(subject, spec)
         self.limit = self.capacity
+        log.info("a network is open", model=spec.model, layer=spec.layer, rows=self.capacity)
         self.spent = 0.0  # seconds of this worker's time, for the turns between kinds
         self._engine = subject.engine(spec, on_step)
         self._waiting: deque[tuple[Group, State | None]] = deque()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class Stages:
-    """Seconds by name. Each stage belongs to one thread."""
+    """Seconds by name, of all threads together."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
