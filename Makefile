@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench compose-test clean
 
 demo: $(READY)
 	$(BIN)/polycollide run --source sample:mnist/3-0 --target sample:mnist/7-0 --preset paper-mnist --out demo/paper
@@ -26,6 +26,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/mnist_jobs.py
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/peers.py
+
+# Needs a Docker engine; the first build of the images takes long.
+compose-test: $(READY)
+	$(BIN)/python tests/docker/compose.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("polycollide needs Python 3.11 or newer; set PYTHON." if sys.version_info < (3, 11) else 0)'

@@ -18,6 +18,8 @@ from core.spec import CollisionSpec
 
 CHUNK = 200  # items checked, or images written, in one go
 CHUNK_BYTES = 2**20  # ... or fewer, where they are large
+# Pictures of ten thousand results, unasked for, take longer to draw than the results.
+UNILLUSTRATED = {"figures": False, "snapshots": 0}
 _MAX_MESSAGE = 500
 _CUSTOM_ID = re.compile(PRINTABLE)
 
@@ -91,8 +93,7 @@ class Items:
         text = json.dumps(given, sort_keys=True)
         if text not in self._specs:
             try:
-                # Pictures of ten thousand results take longer to draw than the results.
-                self._specs[text] = CollisionSpec.model_validate({"figures": False} | given)
+                self._specs[text] = CollisionSpec.model_validate(UNILLUSTRATED | given)
             except ValidationError as error:
                 self._specs[text] = _Unusable("invalid_spec", _sentence(error, "spec"))
         known = self._specs[text]

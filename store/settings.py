@@ -77,9 +77,9 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _no_default_secret(self) -> Self:
-        if self.mode != "local" and self.sqlalchemy_url.password == DEFAULT_PASSWORD:
+        if self.mode != "local" and self.sqlalchemy_url.password in ("", DEFAULT_PASSWORD):
             raise ValueError(
-                "The database has the default password; set POLYCOLLIDE_DATABASE_PASSWORD, or "
+                "The database has the default password, or none; set POLYCOLLIDE_DATABASE_PASSWORD, or "
                 "POLYCOLLIDE_MODE=local on a machine of your own."
             )
         return self

@@ -92,7 +92,7 @@ class Runner:
         self._stages = Stages()
         self._writer = Writer(self._database, settings, self._beat.drop, self._stages)
         self._claimer = ThreadPoolExecutor(1, thread_name_prefix="claimer")
-        measurers = 1 if self._device.type == "cuda" else CORES
+        measurers = 1 if self._device.type == "cuda" else max(1, CORES - 1)
         self._measurers = ThreadPoolExecutor(measurers, thread_name_prefix="measurer")
         self._measuring: dict[Future[Outcome], Held] = {}
         self._steps, self._round_began = 0, time.monotonic()
@@ -141,6 +141,8 @@ class Runner:
             station = min(
                 (s for s in self._stations.values() if s.rows), key=lambda s: s.spent, default=None
             )
+            if len(self._measuring) > CORES and self._help():
+                continue
             if station:
                 self._advance(station)
             elif claim or self._measuring or self._writer.busy:
@@ -278,6 +280,20 @@ class Runner:
         torch.set_num_threads(held.station.threads)
         with self._stages("measure"):
             return measure(held.station.subject, held.job, lambda: self._on_chunk(held))
+
+    def _help(self) -> bool:
+        """Measures a job that no measurer has begun; whether there was one."""
+        for future, held in self._measuring.items():
+            if future.cancel():
+                del self._measuring[future]
+                own: Future[Outcome] = Future()
+                try:
+                    own.set_result(self._measure(held))
+                except Exception as error:
+                    own.set_exception(error)
+                self._measuring[own] = held
+                return True
+        return False
 
     def _collect(self) -> None:
         """Passes on what has been measured."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import structlog
 import torch
-from core.capacity import rows_worth
 from torch import Tensor
 
+from core.capacity import rows_worth
 from core.engine import SMALL_IMAGE, Group
 from core.job import Job, Subject
 from core.spec import CollisionSpec

@@ -100,27 +100,31 @@ def main() -> int:
 @contextmanager
 def up() -> Iterator[tuple[Compose, str]]:
     """Everything, healthy; its end leaves nothing but images."""
-    secrets = Path(tempfile.mkdtemp(prefix="polycollide-compose-test-"))
-    port = free_port()
-    compose = Compose(secrets, port)
-    try:
-        subprocess.run(["sh", "docker/secrets.sh", str(secrets)], cwd=ROOT, check=True)
+    with tempfile.TemporaryDirectory(prefix=f"{PROJECT}-") as folder:
+        port = free_port()
+        compose = Compose(Path(folder), port)
+        subprocess.run(["sh", "docker/secrets.sh", folder], cwd=ROOT, check=True)
+        # An earlier test may have been killed.
         compose.run("down", "--volumes", "--remove-orphans")
         say("Builds the images; the first time this takes many minutes.")
         compose.run("build")
         say("Comes up.")
-        compose.run("up", "--detach")
-        for service in SERVICES:
-            until(f"{service} is healthy", lambda: compose.health(service) == "healthy")  # noqa: B023
-        yield compose, f"http://127.0.0.1:{port}"
-    except BaseException:
-        compose.run("ps")
-        compose.run("logs", "--tail", "40")
-        raise
-    finally:
-        say("Comes down.")
-        compose.run("down", "--volumes", "--remove-orphans")
-        shutil.rmtree(secrets)
+        try:
+            compose.run("up", "--detach")
+            for service in SERVICES:
+                wait_for_health(compose, service)
+            yield compose, f"http://127.0.0.1:{port}"
+        except BaseException:
+            print(compose.ask("ps").stdout, compose.ask("logs", "--tail", "40").stdout)
+            raise
+        finally:
+            say("Comes down.")
+            compose.run("down", "--volumes", "--remove-orphans")
+
+
+def wait_for_health(compose: Compose, service: str) -> None:
+    """Until its health check has passed."""
+    until(f"{service} is healthy", lambda: compose.health(service) == "healthy")
 
 
 def check_images(compose: Compose) -> None:
@@ -175,7 +179,7 @@ def kill_a_worker(compose: Compose, client: httpx.Client) -> None:
     ended = f"{job['status']} in attempt {job['attempt']}"
     expect(ended == "succeeded in attempt 2", f"The long job ended as {ended}: {job['error']}")
     say(f"The long job {ended}, after {job['result']['seconds']:.0f} s.")
-    until("the worker is healthy again", lambda: compose.health("worker-cpu") == "healthy")
+    wait_for_health(compose, "worker-cpu")
 
 
 def end_in_good_order(compose: Compose) -> None:
