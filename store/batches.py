@@ -16,8 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.spec import CollisionSpec
 from store.images import Stored
-from store.lifecycle import FINAL, Event, Status, sources, sql_after
-from store.queue import CHANNEL
+from store.lifecycle import FINAL, Status
+from store.moves import cancel as cancel_sql
 
 # What the event loop turns into parameters in one go: some 10 ms.
 _CHUNK = 500
@@ -220,32 +220,9 @@ _REQUEST_CANCEL = text("""
     UPDATE batches SET cancel_requested_at = COALESCE(cancel_requested_at, now())
     WHERE id = :id AND key_id = :key_id RETURNING id
 """)
-_CANCELED = sql_after(Event.CANCEL)
-# Locked in order of ids, as workers lock theirs: two who want the same jobs wait for each other
-# but never in a circle.
-_CANCEL_JOBS = text(f"""
-    WITH chosen AS (
-        SELECT id FROM jobs WHERE batch_id = :id
-        AND status IN ({_listed(sources(Event.CANCEL))})
-        ORDER BY id FOR UPDATE
-    ), moved AS (
-        UPDATE jobs SET
-            status = {_CANCELED},
-            status_reason = CASE status
-                WHEN 'queued' THEN 'Canceled by its owner.' ELSE 'Its owner wants it no more.' END,
-            cancel_requested_at = COALESCE(cancel_requested_at, now()),
-            checkpoint_sha256 = CASE status WHEN 'running' THEN checkpoint_sha256 END,
-            finished_at = CASE status WHEN 'queued' THEN clock_timestamp() END
-        FROM chosen WHERE jobs.id = chosen.id
-        RETURNING jobs.id, jobs.status, jobs.status_reason, jobs.attempt
-    ), noted AS (
-        INSERT INTO job_events (job_id, type, data)
-        SELECT id, 'status', jsonb_build_object(
-            'status', status, 'status_reason', status_reason, 'attempt', attempt)
-        FROM moved
-    )
-    SELECT count(*), count(pg_notify('{CHANNEL}', id::text)) FROM moved
-""")
+_CANCEL_JOBS = cancel_sql("""
+    FROM (SELECT id FROM jobs WHERE batch_id = :id ORDER BY id FOR UPDATE) AS own
+    WHERE jobs.id = own.id""")
 
 
 async def cancel(connection: AsyncConnection, *, key_id: UUID, batch_id: UUID) -> bool:

@@ -14,9 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.spec import CollisionSpec
 from store.images import Stored
-from store.lifecycle import FINAL, Event, Status, sources, sql_after
+from store.lifecycle import FINAL, Status
+from store.moves import cancel as cancel_sql
 from store.overview import FRESH
-from store.queue import CHANNEL
 
 # Counting stops here: a position in the tens of thousands says enough.
 MAX_POSITION = 10_000
@@ -162,27 +162,7 @@ _STANDING = text("""
     SELECT status, CAST(spec->>'figures' AS boolean), CAST(spec->>'snapshots' AS int)
     FROM jobs WHERE id = :id AND key_id = :key_id
 """)
-_CANCELED = sql_after(Event.CANCEL)
-_CANCEL = text(f"""
-    WITH moved AS (
-        UPDATE jobs SET
-            status = {_CANCELED},
-            status_reason = CASE status
-                WHEN 'queued' THEN 'Canceled by its owner.' ELSE 'Its owner wants it no more.' END,
-            cancel_requested_at = COALESCE(cancel_requested_at, now()),
-            checkpoint_sha256 = CASE status WHEN 'running' THEN checkpoint_sha256 END,
-            finished_at = CASE status WHEN 'queued' THEN clock_timestamp() END
-        WHERE id = :id AND key_id = :key_id
-        AND status IN ({", ".join(f"'{status}'" for status in sources(Event.CANCEL))})
-        RETURNING id, status, status_reason, attempt
-    ), noted AS (
-        INSERT INTO job_events (job_id, type, data)
-        SELECT id, 'status', jsonb_build_object(
-            'status', status, 'status_reason', status_reason, 'attempt', attempt)
-        FROM moved
-    )
-    SELECT pg_notify('{CHANNEL}', id::text) FROM moved
-""")
+_CANCEL = cancel_sql("WHERE id = :id AND key_id = :key_id")
 _DELETE = text(f"DELETE FROM jobs WHERE id = :id AND key_id = :key_id AND status IN ({_FINAL})")
 _EVENTS = text("""
     SELECT id, type, data FROM job_events

@@ -7,7 +7,7 @@ import psycopg
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from store.queue import CHANNEL
+from store.moves import CHANNEL
 
 
 async def listen(engine: AsyncEngine) -> AsyncIterator[UUID | None]:

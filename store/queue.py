@@ -11,15 +11,15 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, TextClause, text
+from sqlalchemy import Connection, text
 
 from store import blobs
-from store.lifecycle import Event, Status, sources, sql_after
+from store.lifecycle import Event, Status
+from store.moves import CHANNEL, befall
 
 ALONE = "alone:"  # begins the batch key of a job that shares its worker with no other
 # A job whose worker vanished this often is suspected, and its neighbours are not to suffer.
 SUSPECT_AFTER = 2
-CHANNEL = "polycollide_jobs"
 
 
 @dataclass(frozen=True)
@@ -70,45 +70,19 @@ class Finished:
 
 
 _GIVEN = "CAST(:reason AS text)"
-
-
-def _statement(event: Event, which: str, sets: str, *, reason: str = _GIVEN) -> TextClause:
-    """SQL that lets `event` befall the jobs that `which` (FROM ... WHERE ...) selects.
-
-    It writes down what happened and wakes those who watch.
-    """
-    allowed = ", ".join(f"'{status}'" for status in sources(event))
-    # Released or expired, a job that was to be canceled is: it then has a reason of its own.
-    status = sql_after(event)
-    return text(f"""
-        WITH moved AS (
-            UPDATE jobs SET
-                status = {status},
-                status_reason = CASE {status}
-                    WHEN 'canceled' THEN 'Canceled by its owner.' ELSE {reason} END,
-                finished_at = CASE WHEN {status} IN ('succeeded', 'failed', 'canceled')
-                    THEN clock_timestamp() END,
-                {sets}
-            {which} AND jobs.status IN ({allowed})
-            RETURNING jobs.*
-        ), noted AS (
-            INSERT INTO job_events (job_id, type, data)
-            SELECT id, 'status', jsonb_build_object(
-                'status', status, 'status_reason', status_reason, 'attempt', attempt)
-            FROM moved
-        )
-        SELECT moved.*, pg_notify('{CHANNEL}', id::text) FROM moved
-    """)
-
-
 _HELD = """
-    FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS uuid[])) AS lease (id, token)
-    WHERE jobs.id = lease.id AND jobs.lease_token = lease.token"""
+    FROM (
+        SELECT jobs.id FROM jobs
+        JOIN unnest(CAST(:ids AS uuid[]), CAST(:tokens AS uuid[])) AS lease (id, token)
+        ON jobs.id = lease.id AND jobs.lease_token = lease.token
+        ORDER BY jobs.id FOR UPDATE OF jobs
+    ) AS held
+    WHERE jobs.id = held.id"""
 _UNLEASE = "lease_token = NULL, lease_expires_at = NULL"
 
 
 def _held(leases: Iterable[Lease]) -> dict[str, Any]:
-    held = sorted(leases, key=lambda lease: lease.job_id)  # nobody waits in a circle
+    held = list(leases)
     return {"ids": [lease.job_id for lease in held], "tokens": [lease.token for lease in held]}
 
 
@@ -137,7 +111,7 @@ def kinds(connection: Connection) -> list[Kind]:
 
 # Of each key the first of its jobs, then of all those the first by priority, by turn and by age;
 # a key that has jobs running waits for as many turns. The lock skips what another worker takes.
-_CLAIM = _statement(
+_CLAIM = befall(
     Event.CLAIM,
     """
     FROM (
@@ -181,6 +155,8 @@ _CLAIM = _statement(
     worker_id = :worker_id,
     progress = NULL""",
     reason="NULL",
+    columns="""id, seq, key_id, lease_token, attempt, batch_key, spec, source_name, source_sha256,
+        target_name, target_sha256, deadline_seconds, checkpoint_sha256, request_id""",
 )
 
 
@@ -299,7 +275,7 @@ def keep_snapshot(connection: Connection, lease: Lease, steps: int, png: bytes) 
     connection.execute(_SNAPSHOT, _held([lease]) | named)
 
 
-_SUCCEED = _statement(Event.SUCCEED, _HELD, f"{_UNLEASE}, checkpoint_sha256 = NULL", reason="NULL")
+_SUCCEED = befall(Event.SUCCEED, _HELD, f"{_UNLEASE}, checkpoint_sha256 = NULL", reason="NULL")
 # Many values of JSON travel as one: escaped one by one, for an array, they take far longer.
 _CORNERS = text("""
     INSERT INTO corners (job_id, index, png_sha256, converged, label, probability, l_pos,
@@ -372,12 +348,13 @@ def _media_type(name: str) -> str:
     return blobs.PNG if name.endswith(".png") else blobs.NPZ
 
 
-_FAIL = _statement(
+_FAIL = befall(
     Event.FAIL,
     _HELD,
     f"""{_UNLEASE}, checkpoint_sha256 = NULL,
     error = CASE jobs.status WHEN 'running' THEN
         jsonb_build_object('code', CAST(:code AS text), 'message', CAST(:reason AS text)) END""",
+    reason=_GIVEN,
 )
 
 
@@ -387,10 +364,11 @@ def fail(connection: Connection, lease: Lease, code: str, message: str) -> bool:
     return bool(connection.execute(_FAIL, params).all())
 
 
-_RELEASE = _statement(
+_RELEASE = befall(
     Event.RELEASE,
     _HELD,
     f"{_UNLEASE}, queued_at = clock_timestamp(), progress = NULL",
+    reason=_GIVEN,
 )
 
 
@@ -404,10 +382,10 @@ _EXPIRED = """
         SELECT id FROM jobs
         WHERE status IN ('running', 'canceling') AND lease_expires_at < clock_timestamp()
         AND (crashes + 1 < :max_crashes) = {again}
-        FOR UPDATE SKIP LOCKED
+        ORDER BY id FOR UPDATE SKIP LOCKED
     ) AS expired
     WHERE jobs.id = expired.id"""
-_LOSE = _statement(
+_LOSE = befall(
     Event.LOSE,
     _EXPIRED.format(again="true"),
     f"""{_UNLEASE}, queued_at = clock_timestamp(), progress = NULL, crashes = crashes + 1,
@@ -416,12 +394,13 @@ _LOSE = _statement(
     reason="""format('Its worker vanished, for the %s. time of %s; it waits for another.',
         crashes + 1, CAST(:max_crashes AS int))""",
 )
-_GIVE_UP = _statement(
+_GIVE_UP = befall(
     Event.GIVE_UP,
     _EXPIRED.format(again="false"),
     f"""{_UNLEASE}, crashes = crashes + 1,
     error = CASE jobs.status WHEN 'running' THEN
         jsonb_build_object('code', 'worker_lost', 'message', CAST(:reason AS text)) END""",
+    reason=_GIVEN,
 )
 
 

@@ -79,8 +79,8 @@ class Settings(BaseSettings):
     def _no_default_secret(self) -> Self:
         if self.mode != "local" and self.sqlalchemy_url.password in ("", DEFAULT_PASSWORD):
             raise ValueError(
-                "The database has the default password, or none; set POLYCOLLIDE_DATABASE_PASSWORD, or "
-                "POLYCOLLIDE_MODE=local on a machine of your own."
+                "The database has the default password, or none; set "
+                "POLYCOLLIDE_DATABASE_PASSWORD, or POLYCOLLIDE_MODE=local on a machine of your own."
             )
         return self
 
