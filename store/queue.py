@@ -196,7 +196,6 @@ def claim(
         )
         for job in taken
     ]
-    count(connection, "claims", len(claimed))
     return [job for _, job in sorted(claimed, key=lambda pair: pair[0])]
 
 

@@ -42,6 +42,7 @@ class Heartbeat(threading.Thread):
         self._lock = threading.Lock()
         self._held: dict[UUID, Lease] = {}
         self._news: dict[Lease, Mapping[str, Any]] = {}
+        self._claims = 0
         self._last_step = time.monotonic()
         self._parent = os.getppid()
         self.steps_per_second = 0.0
@@ -57,6 +58,7 @@ class Heartbeat(threading.Thread):
     def hold(self, lease: Lease) -> None:
         """A job is ours now."""
         with self._lock:
+            self._claims += 1
             if not self._held:
                 self.alive()
             self._held[lease.job_id] = lease
@@ -92,7 +94,8 @@ class Heartbeat(threading.Thread):
 
     def _beat(self) -> None:
         with self._lock:
-            held, news, self._news = dict(self._held), self._news, {}
+            held, news, claims = dict(self._held), self._news, self._claims
+            self._news, self._claims = {}, 0
         with self._database.begin() as connection:
             self.draining = self.draining or workers.heartbeat(
                 connection,
@@ -101,6 +104,7 @@ class Heartbeat(threading.Thread):
                 device=self.device,
                 steps_per_second=self.steps_per_second,
             )
+            queue.count(connection, "claims", claims)
             if not held:
                 return
             status = queue.extend(connection, held.values(), self._settings.lease)
