@@ -120,7 +120,6 @@ async def submit(
             value=idempotency_key,
             body_sha256=intake.sha256,
             created_id=batch_id,
-            table="batches",
         )
     if known is None:
         await intake.write(

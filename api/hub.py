@@ -55,6 +55,8 @@ class Hub:
                     self._wake(job_id)
             except SQLAlchemyError as error:
                 _log.warning("listening failed", error=str(error))
+            except Exception:  # everybody's waiting hangs on this one task
+                _log.exception("listening failed")
             await asyncio.sleep(1)
 
     def _wake(self, job_id: UUID | None) -> None:

@@ -97,7 +97,6 @@ async def submit(
             value=idempotency_key,
             body_sha256=submission.sha256,
             created_id=job_id,
-            table="jobs",
         )
         if known is not None and known.body_sha256 != submission.sha256:
             raise IdempotencyKeyReused

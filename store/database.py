@@ -26,7 +26,11 @@ _CONNECT = {
 def connect(settings: Settings) -> Engine:
     """For workers, the reconciler and commands. A connection is tested before it is used."""
     engine = create_engine(
-        settings.sqlalchemy_url, connect_args=_CONNECT, pool_pre_ping=True, pool_size=4
+        settings.sqlalchemy_url,
+        connect_args=_CONNECT,
+        pool_pre_ping=True,
+        pool_size=4,
+        hide_parameters=True,
     )
     event.listen(engine, "connect", _send_lists_in_binary)
     return engine
@@ -43,6 +47,7 @@ def connect_async(settings: Settings, *, reading: bool = False) -> AsyncEngine:
         pool_size=10,
         max_overflow=10,
         pool_timeout=10,
+        hide_parameters=True,
     )
     event.listen(engine.sync_engine, "connect", _send_lists_in_binary)
     return engine

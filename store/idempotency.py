@@ -1,6 +1,6 @@
 """What a client's `Idempotency-Key` has created: said twice, done once."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 from uuid import UUID
 
 from sqlalchemy import text
@@ -19,10 +19,11 @@ _TAKE = text("""
     VALUES (:key_id, :value, :body_sha256, :created_id) ON CONFLICT DO NOTHING
 """)
 # A statement of its own: only now does it see what the request it waited for has committed.
-_KNOWN = """
-    SELECT created_id, body_sha256, EXISTS (SELECT FROM {table} WHERE id = created_id) AS still
+_KNOWN = text("""
+    SELECT created_id, body_sha256, EXISTS (SELECT FROM jobs WHERE id = created_id)
+        OR EXISTS (SELECT FROM batches WHERE id = created_id) AS still
     FROM idempotency_keys WHERE key_id = :key_id AND value = :value FOR UPDATE
-"""
+""")
 _RETAKE = text("""
     UPDATE idempotency_keys
     SET body_sha256 = :body_sha256, created_id = :created_id, created_at = now()
@@ -37,7 +38,6 @@ async def take(
     value: str,
     body_sha256: str,
     created_id: UUID,
-    table: Literal["batches", "jobs"],
 ) -> Known | None:
     """Reserves the key for `created_id`; or what it stands for already, and then create nothing.
 
@@ -48,7 +48,7 @@ async def take(
     params["created_id"] = created_id
     if (await connection.execute(_TAKE, params)).rowcount:
         return None
-    found = (await connection.execute(text(_KNOWN.format(table=table)), params)).one_or_none()
+    found = (await connection.execute(_KNOWN, params)).one_or_none()
     if found is not None and found.still:
         return Known(found.created_id, found.body_sha256)
     await connection.execute(_RETAKE if found is not None else _TAKE, params)

@@ -210,7 +210,7 @@ def read_blobs(connection: Connection, hashes: Iterable[str]) -> dict[str, bytes
 
 _EXTEND = text(f"""
     UPDATE jobs SET lease_expires_at = clock_timestamp() + :lease
-    {_HELD} RETURNING jobs.id, jobs.status
+    {_HELD} RETURNING jobs.lease_token, jobs.status
 """)
 _PROGRESS = text(f"""
     WITH told AS (
@@ -226,9 +226,9 @@ _PROGRESS = text(f"""
 
 
 def extend(connection: Connection, leases: Iterable[Lease], lease: timedelta) -> dict[UUID, Status]:
-    """Renews leases; the status of each job that is still ours."""
+    """Renews leases; the status of each job that is still ours, by the lease's token."""
     held = connection.execute(_EXTEND, _held(leases) | {"lease": lease})
-    return {row.id: Status(row.status) for row in held}
+    return {row.lease_token: Status(row.status) for row in held}
 
 
 def report_progress(connection: Connection, news: Mapping[Lease, Mapping[str, Any]]) -> None:
@@ -297,6 +297,10 @@ _METRICS = text("""
         (details->'interpolation'->>'min_probability')::float8, details
     FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS new (job_id uuid, details jsonb)
 """)
+# Of a job that has ended, nobody wants to know how far it was a minute before.
+_FORGET_PROGRESS = text("""
+    DELETE FROM job_events WHERE job_id = ANY(CAST(:ids AS uuid[])) AND type = 'progress'
+""")
 _ARTIFACTS = text("""
     INSERT INTO artifacts (job_id, name, sha256)
     SELECT * FROM unnest(CAST(:job_ids AS uuid[]), CAST(:names AS text[]), CAST(:hashes AS text[]))
@@ -309,15 +313,17 @@ def succeed(connection: Connection, finished: Sequence[Finished]) -> set[UUID]:
 
     The others were lost to another worker, or were to be canceled and now are.
     """
+    # First what is large: the jobs' rows, for which the heartbeat waits, are locked but briefly.
+    stored = [(blobs.PNG, png) for job in finished for png in job.pngs]
+    files = [(job, name, content) for job in finished for name, content in job.files.items()]
+    stored += [(_media_type(name), content) for _, name, content in files]
+    connection.execute(*blobs.put(stored))
     moved = connection.execute(_SUCCEED, _held(job.lease for job in finished)).all()
     succeeded = {job.id for job in moved if job.status == Status.SUCCEEDED}
     ours = [job for job in finished if job.lease.job_id in succeeded]
     if not ours:
         return succeeded
-    files = [(job, name, content) for job in ours for name, content in job.files.items()]
-    stored = [(blobs.PNG, png) for job in ours for png in job.pngs]
-    stored += [(_media_type(name), content) for _, name, content in files]
-    connection.execute(*blobs.put(stored))
+    files = [entry for entry in files if entry[0].lease.job_id in succeeded]
     corners = [
         {"job_id": str(job.lease.job_id), "png_sha256": blobs.digest(png), "details": corner}
         for job in ours
@@ -340,6 +346,7 @@ def succeed(connection: Connection, finished: Sequence[Finished]) -> set[UUID]:
             "hashes": [blobs.digest(content) for _, _, content in files],
         },
     )
+    connection.execute(_FORGET_PROGRESS, {"ids": list(succeeded)})
     return succeeded
 
 
@@ -380,6 +387,8 @@ _EXPIRED = """
     FROM (
         SELECT id FROM jobs
         WHERE status IN ('running', 'canceling') AND lease_expires_at < clock_timestamp()
+        AND (pg_postmaster_start_time() < clock_timestamp() - CAST(:lease AS interval)
+            OR lease_expires_at = '-infinity')
         AND (crashes + 1 < :max_crashes) = {again}
         ORDER BY id FOR UPDATE SKIP LOCKED
     ) AS expired
@@ -403,18 +412,32 @@ _GIVE_UP = befall(
 )
 
 
-def expire(connection: Connection, max_crashes: int) -> int:
+def expire(connection: Connection, max_crashes: int, lease: timedelta) -> int:
     """Takes jobs from workers whose leases ran out: back to the queue, or failed after the last
     of `max_crashes` attempts. How many there were.
+
+    A database that has started less than a `lease` ago is not yet in a position to tell.
     """
-    lost = connection.execute(_LOSE, {"max_crashes": max_crashes}).all()
+    params = {"max_crashes": max_crashes, "lease": lease}
+    lost = connection.execute(_LOSE, params).all()
     reason = (
         f"{max_crashes} workers vanished while they ran this job; it may need more memory than "
         "they have, or a step of it hangs."
     )
-    given_up = connection.execute(_GIVE_UP, {"max_crashes": max_crashes, "reason": reason}).all()
+    given_up = connection.execute(_GIVE_UP, params | {"reason": reason}).all()
     count(connection, "lease_losses", len(lost) + len(given_up))
     return len(lost) + len(given_up)
+
+
+def forget_blob(connection: Connection, sha256: str) -> None:
+    """Deletes a checkpoint that nobody refers to any more."""
+    connection.execute(
+        text("""
+            DELETE FROM blobs WHERE sha256 = :sha256 AND media_type = :checkpoint
+            AND NOT EXISTS (SELECT 1 FROM jobs WHERE checkpoint_sha256 = :sha256)
+        """),
+        {"sha256": sha256, "checkpoint": blobs.SAFETENSORS},
+    )
 
 
 def count(connection: Connection, name: str, more: int) -> None:

@@ -23,6 +23,7 @@ class Settings(BaseSettings):
         env_prefix="POLYCOLLIDE_",
         secrets_dir="/run/secrets" if Path("/run/secrets").is_dir() else None,
         extra="ignore",
+        hide_input_in_errors=True,  # it holds secrets
     )
 
     mode: Literal["local", "server"] = Field(
@@ -52,7 +53,6 @@ class Settings(BaseSettings):
         Path("checkpoints"),
         description="Of a worker's volume: checkpoints too large for the store.",
     )
-    soft_shutdown: timedelta = timedelta(seconds=20)
     reconcile_every: timedelta = timedelta(seconds=2)
 
     watch_for: timedelta = Field(
@@ -61,7 +61,7 @@ class Settings(BaseSettings):
     )
 
     max_queued_jobs: int = Field(100_000, description="That a key may have waiting.")
-    max_body_bytes: int = 256 * 2**20
+    max_body_bytes: int = 100 * 2**20  # two images of the largest size, in base64
     max_parameters: int = Field(
         2**26, description="Corners times pixels and channels of a job: 445 corners of 224 x 224."
     )
@@ -77,7 +77,10 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _no_default_secret(self) -> Self:
-        if self.mode != "local" and self.sqlalchemy_url.password in ("", DEFAULT_PASSWORD):
+        if self.mode != "local" and (self.sqlalchemy_url.password or "").strip() in (
+            "",
+            DEFAULT_PASSWORD,
+        ):
             raise ValueError(
                 "The database has the default password, or none; set "
                 "POLYCOLLIDE_DATABASE_PASSWORD, or POLYCOLLIDE_MODE=local on a machine of your own."

@@ -30,7 +30,7 @@ class Heartbeat(threading.Thread):
     """Shared with the worker's loop: what it holds and reports, and what it is to hear.
 
     The loop calls `alive` after every step; `hold` and `drop` as jobs come and go. It reads
-    `canceled` and `lost` (ids of jobs), and `draining`.
+    `canceled` and `lost` (tokens of leases: a job may come twice), and `draining`.
     """
 
     def __init__(
@@ -61,14 +61,20 @@ class Heartbeat(threading.Thread):
             self._claims += 1
             if not self._held:
                 self.alive()
-            self._held[lease.job_id] = lease
+            self._held[lease.token] = lease
 
-    def drop(self, job_id: UUID) -> None:
+    def drop(self, lease: Lease) -> None:
         """A job is ours no more."""
         with self._lock:
-            self._held.pop(job_id, None)
-            self.canceled.discard(job_id)
-            self.lost.discard(job_id)
+            self._held.pop(lease.token, None)
+            self.canceled.discard(lease.token)
+            self.lost.discard(lease.token)
+
+    def drop_all(self) -> None:
+        """Nothing is ours any more."""
+        with self._lock:
+            for known in (self._held, self.canceled, self.lost):
+                known.clear()
 
     def tell(self, lease: Lease, progress: Mapping[str, Any]) -> None:
         """How far a job is, for the next beat."""
@@ -91,6 +97,8 @@ class Heartbeat(threading.Thread):
                 self._beat()
             except SQLAlchemyError as error:
                 log.warning("the store does not answer", error=str(error).splitlines()[0])
+            except Exception:  # this thread must outlive whatever happens to it
+                log.exception("a beat failed")
 
     def _beat(self) -> None:
         with self._lock:
@@ -108,9 +116,10 @@ class Heartbeat(threading.Thread):
             if not held:
                 return
             status = queue.extend(connection, held.values(), self._settings.lease)
-            if news:
-                queue.report_progress(connection, news)
         with self._lock:
             ours = self._held.keys() & held.keys()
             self.lost |= ours - status.keys()
-            self.canceled |= {job for job in ours if status.get(job) == Status.CANCELING}
+            self.canceled |= {token for token in ours if status.get(token) == Status.CANCELING}
+        if news:  # apart, since leases matter more
+            with self._database.begin() as connection:
+                queue.report_progress(connection, news)

@@ -3,6 +3,7 @@
 Run as `python -m worker.reconciler`. Any number may run: an advisory lock lets one act at a time.
 """
 
+import math
 import signal
 import threading
 import time
@@ -12,8 +13,8 @@ from tempfile import gettempdir
 import redis
 import structlog
 from kombu.exceptions import OperationalError
-from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from store import queue, retention, workers
 from store.database import connect
@@ -38,7 +39,7 @@ class Reconciler:
         self._redis = redis.Redis.from_url(
             settings.redis_url.get_secret_value(), socket_timeout=2, socket_connect_timeout=2
         )
-        self._swept = -SWEEP_EVERY
+        self._swept = self._doubted = -math.inf
 
     def turn(self) -> None:
         """Does what is due; nothing while another reconciler is at it.
@@ -50,21 +51,34 @@ class Reconciler:
         with self._database.begin() as connection:
             if not connection.scalar(_TRY_LOCK):
                 return
-            if expired := queue.expire(connection, self._settings.max_crashes):
+            lease = self._settings.lease
+            if self._trusts_leases() and (
+                expired := queue.expire(connection, self._settings.max_crashes, lease)
+            ):
                 log.warning("leases ran out", jobs=expired)
-            if time.monotonic() - self._swept > SWEEP_EVERY:
-                self._sweep(connection)
             waiting, listeners = bool(queue.kinds(connection)), workers.live(connection)
+        if time.monotonic() - self._swept > SWEEP_EVERY:
+            self._sweep()
         if waiting:
             for _ in range(listeners - self._redis.llen(QUEUE)):
                 drain.apply_async(retry=False)
 
-    def _sweep(self, connection: Connection) -> None:
-        deleted = retention.sweep(connection, self._settings)
+    def doubt_leases(self) -> None:
+        """The store was away: others who could not reach it get time to renew theirs."""
+        self._doubted = time.monotonic()
+
+    def _trusts_leases(self) -> bool:
+        return time.monotonic() - self._doubted > self._settings.lease.total_seconds()
+
+    def _sweep(self) -> None:
+        """In a transaction of its own: whatever becomes of it, leases were looked after."""
+        self._swept = time.monotonic()
+        with self._database.begin() as connection:
+            deleted = retention.sweep(connection, self._settings)
         if any(deleted.values()):
             log.info("swept", **deleted)
-        if max(deleted.values()) < retention.LIMIT:  # else there is more: at the next turn
-            self._swept = time.monotonic()
+        if max(deleted.values()) >= retention.LIMIT:  # there is more: at the next turn
+            self._swept = -math.inf
 
 
 def main() -> None:
@@ -78,6 +92,8 @@ def main() -> None:
         try:
             reconciler.turn()
         except (SQLAlchemyError, redis.RedisError, OperationalError) as error:
+            if isinstance(error, DBAPIError) and error.connection_invalidated:
+                reconciler.doubt_leases()
             log.warning("a turn failed", error=str(error).splitlines()[0])
         PULSE.touch()
 

@@ -31,7 +31,7 @@ from store.settings import Settings
 from worker.bench import Bench
 from worker.heartbeat import Heartbeat
 from worker.plan import Running, choose
-from worker.station import State, Station, is_out_of_memory
+from worker.station import Interrupted, State, Station, is_out_of_memory
 from worker.timing import Stages
 from worker.writer import Writer, checkpoint_path
 
@@ -40,6 +40,8 @@ log = structlog.get_logger(__name__)
 # Rows that are claimed of a kind before anybody knows how many are worth it.
 FIRST_ROWS = 64
 PATIENCE = 0.1  # seconds until an empty queue is looked at again, while other jobs run
+TRIES = 5
+UNNAMED = 3600.0  # seconds that a checkpoint's file may lie about without a job
 ROUND = 0.5  # seconds between two looks at deadlines, checkpoints and snapshots
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 OUT_OF_MEMORY = "The device's memory does not hold this job; ask for fewer corners."
@@ -69,10 +71,12 @@ class Held:
     began: float = field(default_factory=time.monotonic)
     kept: float = field(default_factory=time.monotonic)  # when its last checkpoint was
     shown: int = 0  # steps of its last snapshot
+    tries: int = 0  # to measure it, with ever more memory freed
 
     @property
-    def id(self) -> UUID:
-        return self.claimed.lease.job_id
+    def token(self) -> UUID:
+        """Of its lease: the job itself may come here twice, when a lease was lost."""
+        return self.claimed.lease.token
 
 
 class Runner:
@@ -90,7 +94,7 @@ class Runner:
         name = torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
         self._beat = Heartbeat(self._database, settings, self._id, slot, name)
         self._stages = Stages()
-        self._writer = Writer(self._database, settings, self._beat.drop, self._stages)
+        self._writer = Writer(self._database, settings, self._beat, self._stages)
         self._claimer = ThreadPoolExecutor(1, thread_name_prefix="claimer")
         measurers = 1 if self._device.type == "cuda" else max(1, CORES - 1)
         self._measurers = ThreadPoolExecutor(measurers, thread_name_prefix="measurer")
@@ -104,13 +108,14 @@ class Runner:
     def _register(self) -> None:
         with self._database.begin() as connection:
             workers.register(connection, self._id, self._slot, self._beat.device)
-            queue.expire(connection, self._settings.max_crashes)
+            queue.expire(connection, self._settings.max_crashes, self._settings.lease)
             wanted = connection.scalars(
                 text("SELECT checkpoint_sha256 FROM jobs WHERE checkpoint_sha256 IS NOT NULL")
             )
             kept = {checkpoint_path(self._settings.checkpoint_dir, sha256) for sha256 in wanted}
         for path in self._settings.checkpoint_dir.glob("*.safetensors"):
-            if path not in kept:
+            # Another worker on this volume may be about to name a fresh one.
+            if path not in kept and time.time() - path.stat().st_mtime > UNNAMED:
                 path.unlink(missing_ok=True)
 
     def start(self) -> None:
@@ -122,6 +127,18 @@ class Runner:
 
     def drain(self) -> None:
         """Runs jobs until none is left, or until this worker is to end."""
+        try:
+            self._drain()
+        except Exception:
+            log.exception("the loop broke")
+            # Leases that nobody vouches for run out; whose fault it was, their count will tell.
+            wait(self._measuring)
+            self._beat.drop_all()
+            self._held.clear()
+            self._measuring.clear()
+            self._stations.clear()
+
+    def _drain(self) -> None:
         began = time.perf_counter()
         claim: Future[list[Fresh]] | None = None
         looked, more = 0.0, True
@@ -196,8 +213,8 @@ class Runner:
                 found = queue.read_blobs(connection, [h for h in hashes if h])
         except SQLAlchemyError as error:
             log.warning("nothing could be claimed", error=str(error).splitlines()[0])
-            for claimed in taken:  # their leases run out
-                self._beat.drop(claimed.lease.job_id)
+            for claimed in taken:
+                self._writer.release(claimed.lease, "Its images could not be read.")
             time.sleep(1)
             return []
         return [
@@ -209,8 +226,12 @@ class Runner:
         if sha256 is None:
             return None
         path = checkpoint_path(self._settings.checkpoint_dir, sha256)
-        content = found.get(sha256) or (path.read_bytes() if path.exists() else None)
-        return load(content) if content else None
+        try:
+            content = found.get(sha256) or path.read_bytes()
+            return load(content)
+        except Exception as error:
+            log.warning("a checkpoint cannot be read: the job begins anew", error=repr(error))
+            return None
 
     def _take(self, fresh: Fresh) -> None:
         """Opens a job's network, prepares the job and admits it."""
@@ -224,15 +245,18 @@ class Runner:
                 spec,
                 images.load(claimed.source[0], fresh.source, shape),
                 images.load(claimed.target[0], fresh.target, shape),
-                key=str(claimed.lease.job_id),
+                key=str(claimed.lease.token),
             )
         except Exception as error:
             self._fail(claimed, error)
             return
         if not station.rows:
+            # Who was idle starts level with those who were not.
+            others = [other.spent for other in self._stations.values() if other.rows]
+            station.spent = max(station.spent, min(others, default=0.0))
             self._opened[claimed.batch_key] = time.monotonic()
         station.admit(job, fresh.state)
-        self._held[claimed.lease.job_id] = Held(claimed, job, station)
+        self._held[claimed.lease.token] = Held(claimed, job, station)
         log.info("began", job=str(claimed.lease.job_id), attempt=claimed.attempt)
 
     def _station(self, batch_key: str, spec: CollisionSpec) -> Station:
@@ -244,8 +268,6 @@ class Runner:
                 self._beat.opening = False
                 self._beat.alive()
             station = Station(subject, spec, self._on_step)
-            # A newcomer starts level with the others.
-            station.spent = min((s.spent for s in self._stations.values()), default=0.0)
             for idle in [key for key, other in self._stations.items() if not other.rows]:
                 del self._stations[idle]
             self._stations[batch_key] = station
@@ -254,6 +276,9 @@ class Runner:
     def _on_step(self) -> None:
         self._beat.alive()
         self._steps += 1
+        unwanted = self._beat.canceled | self._beat.lost
+        if self._beat.draining or not unwanted.isdisjoint(self._held):
+            raise Interrupted
 
     def _advance(self, station: Station) -> None:
         began = time.perf_counter()
@@ -268,7 +293,7 @@ class Runner:
 
     def _finish(self, held: Held) -> None:
         """Has a job measured whose rows have all ended."""
-        del self._held[held.id]
+        del self._held[held.token]
         if np.isfinite(held.job.group.score).any():
             self._measuring[self._measurers.submit(self._measure, held)] = held
             return
@@ -282,9 +307,9 @@ class Runner:
             return measure(held.station.subject, held.job, lambda: self._on_chunk(held))
 
     def _help(self) -> bool:
-        """Measures a job that no measurer has begun; whether there was one."""
+        """Measures a job, a quick one that no measurer has begun; whether there was one."""
         for future, held in self._measuring.items():
-            if future.cancel():
+            if held.station.threads == 1 and future.cancel():
                 del self._measuring[future]
                 own: Future[Outcome] = Future()
                 try:
@@ -304,22 +329,23 @@ class Runner:
                 self._writer.succeed(held.claimed.lease, held.job, done.result())
             elif isinstance(error, Dropped):
                 self._let_go(held)
-            elif is_out_of_memory(error) and held.station.shrink():
+            elif is_out_of_memory(error) and held.tries < TRIES and held.station.shrink():
+                held.tries += 1
                 self._measuring[self._measurers.submit(self._measure, held)] = held
             else:
                 self._fail(held.claimed, error)
 
     def _on_chunk(self, held: Held) -> None:
         self._beat.alive()
-        if held.id in self._beat.canceled | self._beat.lost or self._beat.draining:
+        if held.token in self._beat.canceled | self._beat.lost or self._beat.draining:
             raise Dropped
         if time.monotonic() - held.began > held.claimed.deadline_seconds:
             raise TimeoutError
 
     def _obey(self) -> None:
         """Lets go of what was canceled or lost; now and then looks after each job."""
-        for job_id in self._beat.canceled | self._beat.lost:
-            if held := self._held.pop(job_id, None):
+        for token in self._beat.canceled | self._beat.lost:
+            if held := self._held.pop(token, None):
                 self._let_go(held)
         now = time.monotonic()
         if now - self._round_began < ROUND:
@@ -333,7 +359,7 @@ class Runner:
     def _look_after(self, held: Held, now: float) -> None:
         lease, group = held.claimed.lease, held.job.group
         if now - held.began > held.claimed.deadline_seconds:
-            del self._held[held.id]
+            del self._held[held.token]
             held.station.withdraw(group)
             self._fail(held.claimed, TimeoutError())
             return
@@ -352,10 +378,10 @@ class Runner:
         ours to write to.
         """
         state = held.station.withdraw(held.job.group)
-        if held.id in self._beat.lost:
-            self._beat.drop(held.id)
+        if held.token in self._beat.lost:
+            self._beat.drop(held.claimed.lease)
             return
-        if state is not None and held.id not in self._beat.canceled:
+        if state is not None and held.token not in self._beat.canceled:
             self._writer.checkpoint(held.claimed.lease, state)
         reason = "Handed back by a worker that ended; it goes on where it stood."
         self._writer.release(held.claimed.lease, reason)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from core.capacity import rows_worth
-from core.engine import SMALL_IMAGE, Group
+from core.engine import SMALL_IMAGE, Group, UnfitState
 from core.job import Job, Subject
 from core.spec import CollisionSpec
 
@@ -31,6 +31,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the machine had no memory left."""
     told = "allocate memory" in str(error)  # what torch says of the CPU's
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or told
+
+
+class Interrupted(Exception):
+    """A step was broken off, since a job in it is no longer wanted."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +84,20 @@ class Station:
 
     def advance(self) -> tuple[list[Group], list[Broken]]:
         """Takes all rows a stride further; who is finished, and who cannot go on."""
-        self._fill()
+        refused = self._fill()
+        failed: Exception | None = None
         try:
             finished = self._engine.advance()
+        except Interrupted:  # a failed stride has moved no row
+            return [], refused
         except Exception as error:
-            return [], self._halve(error)
+            failed = error
+        if failed:  # outside of the except, whose traceback holds what memory is to be freed
+            return [], [*refused, *self._halve(failed)]
         self._quiet += 1
         if self._quiet > RECOVERY and self.limit < self.capacity:
             self._quiet, self.limit = 0, min(2 * self.limit, self.capacity)
-        return finished, []
+        return finished, refused
 
     def withdraw(self, group: Group) -> State | None:
         """Takes a job out, finished or not; its state, null where it has not begun."""
@@ -104,15 +113,27 @@ class Station:
         """Where a job in the engine stands."""
         return self._engine.state_of(group.key)
 
-    def _fill(self) -> None:
+    def _fill(self) -> list[Broken]:
+        """Admits what there is room for; who cannot be."""
         rows = sum(group.spec.corners for group in self._engine.groups)
         while self._waiting:
             group, state = self._waiting[0]
             rows += group.spec.corners
             if rows > self.limit and rows > group.spec.corners:
-                return
+                break
             self._waiting.popleft()
+            try:
+                self._admit(group, state)
+            except Exception as error:
+                return [Broken(group.key, error)]
+        return []
+
+    def _admit(self, group: Group, state: State | None) -> None:
+        try:
             self._engine.admit(group, state)
+        except UnfitState:  # of another version, or another kind of device
+            log.warning("a checkpoint does not fit: the job begins anew", group=group.key)
+            self._engine.admit(group)
 
     def shrink(self) -> bool:
         """Takes half of the jobs out of the engine, to wait; whether there was any."""

@@ -4,9 +4,10 @@ A store that does not answer is asked again until it does: leases tell whether w
 still wanted.
 """
 
+import json
 import queue as queues
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
@@ -17,7 +18,13 @@ import tenacity
 from numpy.typing import NDArray
 from safetensors.torch import save
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import (
+    DataError,
+    IntegrityError,
+    InternalError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 from torch import Tensor
 
 from core import artifacts, images
@@ -25,6 +32,7 @@ from core.job import Job, Outcome
 from store import blobs, queue
 from store.queue import Finished, Lease
 from store.settings import Settings
+from worker.heartbeat import Heartbeat
 from worker.timing import Stages
 
 log = structlog.get_logger(__name__)
@@ -36,29 +44,30 @@ INLINE = 64 * 2**20
 TOGETHER = 16
 # Results that wait to be written: memory is bounded, and the device seldom waits.
 BACKLOG = 256
-GIVE_UP_AFTER = 600.0
+TOGETHER_BYTES = 64 * 2**20
+
+
+class Lost(Exception):
+    """The lease under which this was to be written is no longer ours."""
 
 
 def _is_lasting(error: BaseException) -> bool:
     """Whether asking again would bring the same answer."""
-    return isinstance(error, (DataError, IntegrityError, ProgrammingError)) or not isinstance(
-        error, SQLAlchemyError
+    return isinstance(error, (DataError, IntegrityError, InternalError, ProgrammingError)) or (
+        not isinstance(error, SQLAlchemyError)
     )
 
 
 class Writer(threading.Thread):
-    """Takes results and other news; calls `on_end` with the id of each job that is done with."""
+    """Takes results and other news, and drops each lease from `beat` that is done with."""
 
     def __init__(
-        self,
-        database: Engine,
-        settings: Settings,
-        on_end: Callable[[UUID], None],
-        stages: Stages,
+        self, database: Engine, settings: Settings, beat: Heartbeat, stages: Stages
     ) -> None:
         super().__init__(name="writer", daemon=True)
         self._database, self._settings = database, settings
-        self._on_end, self._stages = on_end, stages
+        self._beat, self._stages = beat, stages
+        self._checkpoints: dict[UUID, str] = {}  # the last one of each lease, to be replaced
         self._todo: queues.Queue[tuple[Lease, Job, Outcome] | Callable[[], None]]
         self._todo = queues.Queue(BACKLOG)
 
@@ -83,10 +92,9 @@ class Writer(threading.Thread):
         """A job to be handed back."""
 
         def hand_back() -> None:
-            self._ask(lambda connection: queue.release(connection, [lease], reason))
-            self._on_end(lease.job_id)
+            self._ask([lease], lambda connection: queue.release(connection, [lease], reason))
 
-        self._todo.put(hand_back)
+        self._todo.put(lambda: self._end(lease, hand_back))
 
     def checkpoint(self, lease: Lease, state: Mapping[str, Tensor]) -> None:
         """Where a job stands; `state` is on the CPU and nobody else's."""
@@ -98,7 +106,9 @@ class Writer(threading.Thread):
 
         def keep() -> None:
             png = images.to_png(strip)
-            self._ask(lambda connection: queue.keep_snapshot(connection, lease, steps, png))
+            self._ask(
+                [lease], lambda connection: queue.keep_snapshot(connection, lease, steps, png)
+            )
 
         self._todo.put(keep)
 
@@ -110,50 +120,78 @@ class Writer(threading.Thread):
                     tasks.append(self._todo.get_nowait())
                 except queues.Empty:
                     break
-            try:
-                self._succeed([task for task in tasks if not callable(task)])
-                if callable(tasks[-1]):
-                    tasks[-1]()
-            except Exception:  # leases that nobody renews run out: nothing is lost
-                log.exception("could not be written")
-            for _ in tasks:
+            self._try(lambda: self._succeed([task for task in tasks if not callable(task)]))  # noqa: B023
+            for task in tasks:
+                if callable(task):
+                    self._try(task)
                 self._todo.task_done()
 
+    def _try(self, task: Callable[[], None]) -> None:
+        """A task that fails fails alone; a lease that nobody renews then runs out."""
+        try:
+            task()
+        except Lost:
+            log.warning("what was to be written is no longer ours")
+        except Exception:
+            log.exception("could not be written")
+
+    def _end(self, lease: Lease, last: Callable[[], None]) -> None:
+        """The last write under a lease, after which nobody vouches for it, come what may."""
+        try:
+            last()
+            if sha256 := self._checkpoints.get(lease.token):
+                self._forget(sha256)
+        finally:
+            self._checkpoints.pop(lease.token, None)
+            self._beat.drop(lease)
+
     def _succeed(self, done: list[tuple[Lease, Job, Outcome]]) -> None:
-        finished = []
+        finished: list[Finished] = []
+        size = 0
         for lease, job, outcome in done:
             try:
                 with self._stages("encode"):
-                    finished.append(_encode(lease, job, outcome))
+                    encoded = _encode(lease, job, outcome)
             except Exception as error:
                 log.exception("could not be encoded", job=str(lease.job_id))
                 self._fail(lease, "internal_error", f"The result could not be drawn: {error}")
+                continue
+            finished.append(encoded)
+            size += sum(map(len, [*encoded.pngs, *encoded.files.values()]))
+            if size > TOGETHER_BYTES:
+                self._store(finished)
+                finished, size = [], 0
         self._store(finished)
 
     def _store(self, finished: list[Finished]) -> None:
         if not finished:
             return
+        leases = [each.lease for each in finished]
         try:
-            self._ask(lambda connection: queue.succeed(connection, finished))
+            self._ask(leases, lambda connection: queue.succeed(connection, finished))
+        except Lost:
+            pass
         except Exception as error:
             if len(finished) > 1:
                 for each in finished:
                     self._store([each])
                 return
-            log.exception("a result was refused", job=str(finished[0].lease.job_id))
-            first = str(error).splitlines()[0]
-            self._fail(
-                finished[0].lease, "internal_error", f"The store refused the result: {first}"
-            )
+            log.exception("a result was refused", job=str(leases[0].job_id))
+            reason = f"The store refused the result: {str(error).splitlines()[0]}"
+            self._fail(leases[0], "internal_error", reason)
             return
-        for each in finished:
-            log.info("finished", job=str(each.lease.job_id))
-            self._on_end(each.lease.job_id)
+        for lease in leases:
+            self._end(lease, lambda: log.info("finished", job=str(lease.job_id)))  # noqa: B023
 
     def _fail(self, lease: Lease, code: str, message: str) -> None:
-        self._ask(lambda connection: queue.fail(connection, lease, code, message))
-        log.info("failed", job=str(lease.job_id), code=code, reason=message)
-        self._on_end(lease.job_id)
+        # An exception may say anything; Postgres takes neither of these.
+        said = message.encode(errors="replace").decode().replace("\0", "")
+
+        def fail() -> None:
+            self._ask([lease], lambda connection: queue.fail(connection, lease, code, said))
+            log.info("failed", job=str(lease.job_id), code=code, reason=said)
+
+        self._end(lease, fail)
 
     def _checkpoint(self, lease: Lease, state: Mapping[str, Tensor]) -> None:
         content = save(dict(state))
@@ -165,22 +203,38 @@ class Writer(threading.Thread):
             part.write_bytes(content)
             part.replace(path)
         self._ask(
-            lambda connection: queue.keep_checkpoint(connection, lease, content, inline=inline)
+            [lease],
+            lambda connection: queue.keep_checkpoint(connection, lease, content, inline=inline),
         )
+        before = self._checkpoints.get(lease.token)
+        self._checkpoints[lease.token] = blobs.digest(content)
+        if before:
+            self._forget(before)
 
-    def _ask(self, action: Callable[[Connection], T]) -> T:
-        """`action` in a transaction of its own, again and again while the store is away."""
+    def _forget(self, sha256: str) -> None:
+        """Deletes a checkpoint that was replaced, or whose job has ended."""
+        checkpoint_path(self._settings.checkpoint_dir, sha256).unlink(missing_ok=True)
+        with self._database.begin() as connection:
+            queue.forget_blob(connection, sha256)
+
+    def _ask(self, leases: Sequence[Lease], action: Callable[[Connection], T]) -> T:
+        """`action` in a transaction of its own, again and again while the store is away.
+
+        Raises:
+            Lost: meanwhile all of these leases were lost.
+            SQLAlchemyError: the store refuses it, and will.
+        """
 
         def once() -> T:
+            if leases and all(lease.token in self._beat.lost for lease in leases):
+                raise Lost
+            self._beat.alive()
             with self._database.begin() as connection:
                 return action(connection)
 
-        # A new one each time: it counts its attempts.
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(lambda error: not _is_lasting(error)),
             wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
-            stop=tenacity.stop_after_delay(GIVE_UP_AFTER),
-            reraise=True,
         )
         with self._stages("write"):
             return retrying(once)
@@ -193,5 +247,7 @@ def checkpoint_path(folder: Path, sha256: str) -> Path:
 
 def _encode(lease: Lease, job: Job, outcome: Outcome) -> Finished:
     files = artifacts.encode(job, outcome)
+    # Through JSON, which has no NaN: null stands for it.
+    result = json.loads(outcome.result.model_dump_json())
     pngs = [files.pop(f"corner-{i}.png") for i in range(len(outcome.corners))]
-    return Finished(lease, outcome.result.model_dump(mode="json"), pngs, files)
+    return Finished(lease, result, pngs, files)

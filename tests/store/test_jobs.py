@@ -106,7 +106,6 @@ def test_the_second_of_two_submissions_at_once_waits_and_replays(run: Run[None])
                     value="k",
                     body_sha256="b",
                     created_id=job_id,
-                    table="jobs",
                 )
                 await asyncio.sleep(0.1)
                 return job_id if known is None else known.created_id

@@ -176,7 +176,7 @@ class Life(RuleBasedStateMachine):
                 status = queue.extend(connection, [lease], LEASE)
                 queue.report_progress(connection, {lease: {"steps": 1}})
             live = self.is_live(lease)
-            assert status == ({lease.job_id: self.expected[lease.job_id].status} if live else {})
+            assert status == ({lease.token: self.expected[lease.job_id].status} if live else {})
 
     @rule(lease=leases)
     def succeed(self, lease: Lease | None) -> None:
@@ -218,7 +218,7 @@ class Life(RuleBasedStateMachine):
                 text("UPDATE jobs SET lease_expires_at = '-infinity' WHERE lease_token = :token"),
                 {"token": lease.token},
             )
-            expired = queue.expire(connection, MAX_CRASHES)
+            expired = queue.expire(connection, MAX_CRASHES, LEASE)
         assert expired == self.is_live(lease)
         if expired:
             job = self.expected[lease.job_id]

@@ -141,9 +141,9 @@ def test_a_worker_that_returns_to_its_slot_frees_what_its_predecessor_held(
         worker_id=first,
         lease=LEASE,
     )
-    assert queue.expire(connection, 3) == 0
+    assert queue.expire(connection, 3, LEASE) == 0
     workers.register(connection, second, "box:1:0", "cpu")
-    assert queue.expire(connection, 3) == 1
+    assert queue.expire(connection, 3, LEASE) == 1
     assert queue.extend(connection, [lost[0].lease], LEASE) == {}
     assert workers.live(connection) == 1
 
@@ -154,7 +154,7 @@ def test_results_that_fail_to_be_written_leave_nothing_behind(connection: Connec
     twice = RESULT | {"corners": [CORNER, CORNER]}  # two corners with one number
     with pytest.raises(Exception, match="pk_corners"), connection.begin_nested():
         queue.succeed(connection, [Finished(job.lease, twice, [b"0", b"1"])])
-    assert queue.extend(connection, [job.lease], LEASE) == {job.lease.job_id: Status.RUNNING}
+    assert queue.extend(connection, [job.lease], LEASE) == {job.lease.token: Status.RUNNING}
     assert connection.scalar(text("SELECT count(*) FROM corners")) == 0
 
 

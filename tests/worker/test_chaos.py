@@ -121,6 +121,34 @@ def test_a_worker_that_stood_still_past_its_lease_changes_nothing_afterwards(
     assert whole.job(job)["attempt"] == 2
 
 
+def test_the_only_worker_may_stand_still_past_its_lease_and_take_its_job_again(
+    whole: Service,
+) -> None:
+    worker = whole.start_worker()
+    jobs = [whole.submit(endless(4), i) for i in range(2)]
+    whole.running(jobs[1])
+    sleeper = whole.child_of(worker)
+    sleeper.suspend()
+    whole.until(lambda: whole.job(jobs[1])["status"] == "queued", 20, "its lease runs out")
+    sleeper.resume()
+    ended = whole.all_succeed(jobs)
+    assert {job["attempt"] for job in ended} == {2}
+    assert all(4 <= job["result"]["seconds"] < 5 for job in ended)
+
+
+def test_a_checkpoint_that_cannot_be_read_costs_only_its_steps(whole: Service) -> None:
+    jobs = whole.submit_many(3)
+    with whole.database.begin() as connection:
+        connection.execute(*blobs.put([(blobs.SAFETENSORS, b"no tensors")]))
+        for job, sha256 in zip(jobs, [blobs.digest(b"no tensors"), "0" * 64], strict=False):
+            connection.execute(
+                text("UPDATE jobs SET checkpoint_sha256 = :sha256 WHERE id = :id"),
+                {"sha256": sha256, "id": job},
+            )
+    whole.start_worker()
+    assert {job["attempt"] for job in whole.all_succeed(jobs)} == {1}
+
+
 @pytest.fixture
 def mood(tmp_path: Path) -> Path:
     """A file that sets the mood of the model `moody`, for workers that get `env_of` it."""
