@@ -11,15 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import httpx
+import typer
+from alembic.util import CommandError
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from sqlalchemy import Connection
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, ProgrammingError, SQLAlchemyError
 
 from polycollide import stack
 from polycollide.listing import aside, console, fail, listing
-from polycollide.stack import Process, StackError
+from polycollide.process import Process, StackError, start_process, stop_together
 from store import keys
 from store.database import connect, migrate
 from store.settings import Settings
@@ -28,36 +32,59 @@ PYTHON = [sys.executable, "-m"]
 API, RECONCILER = [*PYTHON, "api"], [*PYTHON, "worker.reconciler"]
 # A worker hands back what it has: a stride and a write, or a chunk of measurement, away.
 WORKER_GRACE = 60.0
+# After a kill -9 of ours nobody waits for that, and `up`'s Postgres ends too: leases recover it.
+ORPHAN_GRACE = 5.0
+READY_WITHIN = 60.0
+# `timeout` and some shells signal a process and then its group: that is one wish, not two.
+ONE_WISH = 0.5
+
+
+class Part(NamedTuple):
+    """A process of the service."""
+
+    name: str
+    argv: Sequence[str]
+    env: Mapping[str, str] = {}
+    grace: float = 10.0
+    lasts: bool = True  # else it ends by itself when it has done its work
 
 
 def up(data: Path | None, port: int) -> None:
     """Everything on this machine, until Ctrl-C: servers, API, reconciler and worker."""
     with in_one_sentence(), ExitStack() as started:
         ended = first_signal()
-        data = data or stack.default_data()
-        urls = started.enter_context(stack.servers(data))
-        local = {
-            "POLYCOLLIDE_MODE": "local",
-            "POLYCOLLIDE_HOST": "127.0.0.1",
-            "POLYCOLLIDE_PORT": str(port),
-            "POLYCOLLIDE_DATABASE_URL": urls.database,
-            "POLYCOLLIDE_REDIS_URL": urls.redis,
-            "POLYCOLLIDE_CHECKPOINT_DIR": str(data / "checkpoints"),
-        }
-        os.environ.update(local)
-        migrate(Settings())
-        log = data / "polycollide.log"
-        processes = [
-            started.enter_context(running("API", API, log=log)),
-            started.enter_context(running("reconciler", RECONCILER, log=log)),
-            *started.enter_context(worker_processes(log=log)),
-        ]
-        _wait_for_api(port, processes)
+        _need_port(port)
+        data = (data or stack.default_data()).absolute()
+        with aside.status("Starting Postgres and Redis ...") as status:
+            urls = started.enter_context(stack.servers(data))
+            os.environ |= {
+                "POLYCOLLIDE_MODE": "local",
+                "POLYCOLLIDE_HOST": "127.0.0.1",
+                "POLYCOLLIDE_PORT": str(port),
+                "POLYCOLLIDE_DATABASE_URL": urls.database,
+                "POLYCOLLIDE_REDIS_URL": urls.redis,
+                "POLYCOLLIDE_CHECKPOINT_DIR": str(data / "checkpoints"),
+            }
+            if not ended:
+                status.update("Preparing the database ...")
+                migrate(Settings())
+            if ended:
+                return
+            parts = [Part("API", API), Part("reconciler", RECONCILER), *workers()]
+            ours = started.enter_context(running(parts, log=data / "polycollide.log"))
+            processes = [*urls.processes, *ours]
+            status.update("Starting the API and a worker ...")
+            ready = _wait_for_worker(port, processes, ended)
+        if ended:
+            return
         console.print(f"polycollide is up: http://127.0.0.1:{port}/docs", soft_wrap=True)
-        console.print(
-            f"Data and log: {data}. Ctrl-C ends it; jobs go on next time.", soft_wrap=True
-        )
+        console.print(f"Ctrl-C ends it; jobs go on next time. Data and log: {data}", soft_wrap=True)
+        if not ready:
+            remark = f"No worker is ready yet; jobs wait for it. See {data / 'polycollide.log'}."
+            aside.print(remark, soft_wrap=True)
         watch(processes, ended)
+        with aside.status("Ending; jobs are handed back. Ctrl-C ends at once ..."):
+            started.close()
 
 
 def worker() -> None:
@@ -65,8 +92,11 @@ def worker() -> None:
 
     Ends when one of them does, so that whatever watches over it starts them all afresh.
     """
-    with in_one_sentence(), worker_processes() as processes:
-        watch(processes, first_signal())
+    with in_one_sentence():
+        ended = first_signal()
+        Settings()
+        with running(workers()) as processes:
+            watch(processes, ended)
 
 
 def api() -> None:
@@ -126,50 +156,59 @@ def visible_gpus() -> list[str]:
     return listed.stdout.split() if listed.returncode == 0 else []
 
 
-@contextmanager
-def worker_processes(*, log: Path | None = None) -> Iterator[list[Process]]:
+def workers() -> list[Part]:
     """Celery workers, one for each GPU, and beside them who tells what they can serve."""
     place = f"{socket.gethostname()}:{os.getpid()}"
-    celery = [*PYTHON, "celery", "--app", "worker.app", "worker", "--concurrency", "1"]
+    # Quiet, since its banner is no JSON.
+    celery = [*PYTHON, "celery", "--quiet", "--app", "worker.app", "worker", "--concurrency", "1"]
     celery += ["--without-mingle", "--without-gossip", "--loglevel", "WARNING"]
-    slots: list[str] = []
-    with ExitStack() as started:
-        processes = []
-        for gpu in visible_gpus() or [""]:
-            slots.append(f"{place}:{gpu or 'cpu'}")
-            own = {"POLYCOLLIDE_SLOT": slots[-1], "OMP_WAIT_POLICY": "PASSIVE"}
-            own |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
-            named = [*celery, "--hostname", f"{slots[-1].replace(':', '-')}@%h"]
-            process = running(f"worker {slots[-1]}", named, own, grace=WORKER_GRACE, log=log)
-            processes.append(started.enter_context(process))
-        describe = [*PYTHON, "worker.describe", *slots]
-        started.enter_context(running("describe", describe, log=log))
-        yield processes
+    parts, slots = [], []
+    for gpu in visible_gpus() or [""]:
+        slot = f"{place}:{gpu or 'cpu'}"
+        own = {"POLYCOLLIDE_SLOT": slot, "OMP_WAIT_POLICY": "PASSIVE"}
+        own |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+        named = [*celery, "--hostname", f"{slot.replace(':', '-')}@%h"]
+        parts.append(Part(f"worker {slot}", named, own, WORKER_GRACE))
+        slots.append(slot)
+    return [*parts, Part("describe", [*PYTHON, "worker.describe", *slots], lasts=False)]
 
 
 @contextmanager
-def running(
-    name: str,
-    argv: Sequence[str],
-    env: Mapping[str, str] | None = None,
-    *,
-    grace: float = 10.0,
-    log: Path | None = None,
-) -> Iterator[Process]:
-    """A process of ours, which ends with this context."""
-    process = stack.start_process(name, argv, env=os.environ | (env or {}), grace=grace, log=log)
+def running(parts: Sequence[Part], *, log: Path | None = None) -> Iterator[list[Process]]:
+    """Processes that end together with this context; those that should last until then."""
+    started: list[Process] = []
     try:
-        yield process
+        for part in parts:
+            env = os.environ | part.env
+            process = start_process(
+                part.name,
+                part.argv,
+                env=env,
+                grace=part.grace,
+                orphan_grace=ORPHAN_GRACE,
+                log=log,
+            )
+            started.append(process)
+        yield [process for process, part in zip(started, parts, strict=True) if part.lasts]
     finally:
-        process.stop()
+        stop_together(started)
 
 
 def first_signal() -> list[int]:
-    """What fills up once this process is asked to end."""
+    """What fills up once this process is asked to end; a second Ctrl-C interrupts the ending.
+
+    To be called before anything is started: process 1 of a container, for one, ignores signals
+    that it has no handler for.
+    """
     received: list[int] = []
+    at = 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
+        nonlocal at
         received.append(number)
+        at = at or time.monotonic()
+        if number == signal.SIGINT and time.monotonic() - at > ONE_WISH:
+            raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, note)
@@ -179,24 +218,49 @@ def first_signal() -> list[int]:
 def watch(processes: Sequence[Process], ended: Sequence[int]) -> None:
     """Waits until this process is asked to end, or one of those ends by itself."""
     while not ended:
-        for process in processes:
-            if not process.alive:
-                status = process.popen.returncode
-                raise StackError(f"The {process.name} ended by itself with status {status}.")
+        _all_alive(processes)
         time.sleep(0.2)
 
 
-def _wait_for_api(port: int, processes: Sequence[Process]) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if not processes[0].alive:
-            break
+def _all_alive(processes: Sequence[Process]) -> None:
+    for process in processes:
+        if not process.alive:
+            status = process.popen.returncode
+            see = f"; see {process.log}" if process.log else ""
+            raise StackError(f"The {process.name} ended by itself with status {status}{see}.")
+
+
+def _need_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the API will
         try:
-            if httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=5).is_success:
-                return
-        except httpx.TransportError:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise StackError(
+                f"Port {port} cannot be used ({error.strerror}): end what listens there, perhaps "
+                f"another `polycollide up`, or choose another one with --port."
+            ) from None
+
+
+def _wait_for_worker(port: int, processes: Sequence[Process], ended: Sequence[int]) -> bool:
+    """Waits until a worker has entered itself; whether one did in time."""
+    ready, checks = False, {"workers": 0}
+    deadline = time.monotonic() + READY_WITHIN
+    # No proxy of the environment's stands between us and ourselves.
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=5) as client:
+        while time.monotonic() < deadline and not ended:
+            _all_alive(processes)
+            try:
+                answer = client.get("/readyz")
+                ready, checks = answer.is_success, answer.json()["checks"]
+            except httpx.TransportError:
+                ready = False
+            if ready and checks["workers"]:
+                return True
             time.sleep(0.1)
-    raise StackError(f"The API did not start on port {port}; is the port taken? See its log.")
+    if not ready and not ended:
+        raise StackError(f"The API does not answer on port {port}; see {processes[-1].log}.")
+    return False
 
 
 @contextmanager
@@ -213,12 +277,27 @@ def in_one_sentence() -> Iterator[None]:
     """Errors that an operator can act on end the command with a sentence, not a traceback."""
     try:
         yield
+    except KeyboardInterrupt:
+        raise typer.Exit(128 + signal.SIGINT) from None
     except StackError as error:
         message = str(error)
     except ValidationError as error:
-        message = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
+        message = "; ".join(map(_of_setting, error.errors()))
+    except ArgumentError:
+        message = "POLYCOLLIDE_DATABASE_URL is not the URL of a database."
+    except ProgrammingError as error:
+        said = str(error.orig).splitlines()[0]
+        message = f"The database is not as expected ({said}): run `polycollide migrate`."
     except SQLAlchemyError as error:
         message = f"The database does not answer: {str(error).splitlines()[0]}"
+    except CommandError as error:
+        message = f"The database cannot be migrated; it may be newer than this program: {error}"
     else:
         return
     fail(message)
+
+
+def _of_setting(error: ErrorDetails) -> str:
+    """What is wrong with a setting, and with which; never its value, which may be a secret."""
+    name = "".join(f"POLYCOLLIDE_{part}: ".upper() for part in error["loc"][:1])
+    return name + error["msg"].removeprefix("Value error, ")

@@ -4,6 +4,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ import pytest
 from polycollide import stack
 
 if TYPE_CHECKING:
+    import psutil
     import psycopg
 
 TEMPLATE = "template_polycollide"
@@ -84,6 +86,39 @@ def database(postgres: stack.Postgres, template_database: str) -> Iterator[str]:
     name = _copy_template(postgres)
     yield _named(postgres.url, name)
     _drop(postgres, name)
+
+
+@pytest.fixture
+def empty_database(postgres: stack.Postgres) -> Iterator[str]:
+    """The URL of this test's own database, without tables."""
+    name = f"test_{secrets.token_hex(6)}"
+    with _administer(postgres) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    yield _named(postgres.url, name)
+    _drop(postgres, name)
+
+
+@pytest.fixture(scope="session")
+def gone() -> Callable[..., bool]:
+    """Whether processes have all ended in some seconds; a zombie that nobody collects has."""
+    import psutil
+
+    def runs(process: "psutil.Process") -> bool:
+        try:
+            return bool(process.status() != psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return False
+
+    def gone(processes: "list[psutil.Process]", within: float) -> bool:
+        deadline = time.monotonic() + within
+        while left := [process for process in processes if runs(process)]:
+            if time.monotonic() > deadline:
+                print(left)
+                return False
+            time.sleep(0.02)
+        return True
+
+    return gone
 
 
 def _copy_template(postgres: stack.Postgres) -> str:

@@ -21,6 +21,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from polycollide import stack, tether
+from polycollide.process import start_process
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives its servers another user")
 
@@ -30,7 +31,7 @@ import sys, time
 from pathlib import Path
 from polycollide import stack
 with stack.servers(Path(sys.argv[1]), durable=False) as urls:
-    print(*urls, flush=True)
+    print(urls.database, urls.redis, flush=True)
     time.sleep(600)
 """
 STUBBORN = (
@@ -41,24 +42,6 @@ STUBBORN = (
 
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
-
-
-def gone(processes: list[psutil.Process], within: float) -> bool:
-    """Whether all have ended in that many seconds; a zombie that nobody collects has."""
-    deadline = time.monotonic() + within
-    while left := [process for process in processes if runs(process)]:
-        if time.monotonic() > deadline:
-            print(left)
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def runs(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def wait_for(path: Path, text: str) -> None:
@@ -182,7 +165,7 @@ def test_redis_keeps_its_data_when_durable(data):
         assert client.get("kept") == b"7"
 
 
-def test_everything_ends_soon_after_kill_9_and_can_start_again_at_once(holder, data):
+def test_everything_ends_soon_after_kill_9_and_can_start_again_at_once(holder, data, gone):
     database, redis = holder.stdout.readline().split()
     started = psutil.Process(holder.pid).children(recursive=True)
     names = " ".join(process.name() for process in started)
@@ -198,8 +181,8 @@ def test_everything_ends_soon_after_kill_9_and_can_start_again_at_once(holder, d
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
-def test_a_command_ends_with_its_killed_tether(tmp_path):
-    process = stack.start_process("sleep", ["sleep", "600"], log=tmp_path / "log")
+def test_a_command_ends_with_its_killed_tether(tmp_path, gone):
+    process = start_process("sleep", ["sleep", "600"], log=tmp_path / "log")
     command = psutil.Process(process.pid)
     assert command.name() == "sleep"
     process.popen.kill()
@@ -271,7 +254,7 @@ def test_urls_in_the_environment_start_nothing(monkeypatch, data):
     monkeypatch.setenv("POLYCOLLIDE_DATABASE_URL", "postgresql://a")
     monkeypatch.setenv("POLYCOLLIDE_REDIS_URL", "redis://b")
     with stack.servers(data) as urls:
-        assert urls == ("postgresql://a", "redis://b")
+        assert urls == ("postgresql://a", "redis://b", ())
     assert not data.exists()
 
 
@@ -309,7 +292,7 @@ def test_a_server_that_ends_as_it_starts_is_quoted(data, monkeypatch):
 
 def test_a_command_that_does_not_exist_is_an_error():
     with pytest.raises(stack.StackError, match=r"ghost could not be started.*No such file"):
-        stack.start_process("ghost", ["/no/such/command"])
+        start_process("ghost", ["/no/such/command"])
 
 
 @pytest.mark.parametrize(
@@ -317,7 +300,7 @@ def test_a_command_that_does_not_exist_is_an_error():
     [("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137), ("pass", 0)],
 )
 def test_a_tether_ends_with_the_status_of_its_command(code, status):
-    process = stack.start_process("command", python(code))
+    process = start_process("command", python(code))
     try:
         assert process.popen.wait(10) == status
     finally:
@@ -326,7 +309,7 @@ def test_a_tether_ends_with_the_status_of_its_command(code, status):
 
 def test_a_command_that_ignores_the_signal_is_killed_after_its_grace(tmp_path):
     log = tmp_path / "log"
-    process = stack.start_process("deaf", python(STUBBORN), grace=0.5, log=log)
+    process = start_process("deaf", python(STUBBORN), grace=0.5, log=log)
     wait_for(log, "deaf")
     began = time.monotonic()
     assert process.stop() == 128 + signal.SIGKILL
@@ -334,16 +317,27 @@ def test_a_command_that_ignores_the_signal_is_killed_after_its_grace(tmp_path):
 
 
 def test_a_command_ends_although_a_forked_copy_of_us_holds_its_tether_too():
-    process = stack.start_process("sleep", ["sleep", "600"], grace=1)
+    process = start_process("sleep", ["sleep", "600"], grace=1)
     with process.link.dup():
         assert process.stop() == 128 + signal.SIGTERM
 
 
-def test_stop_and_kill_take_the_whole_group_with_them(tmp_path):
+def test_an_orphan_has_a_grace_of_its_own(tmp_path, gone):
+    log = tmp_path / "log"
+    process = start_process("deaf", python(STUBBORN), grace=60, orphan_grace=0.5, log=log)
+    wait_for(log, "deaf")
+    command = psutil.Process(process.pid)
+    process.link.close()  # as our end would
+    assert not gone([command], within=0.3)
+    assert gone([command], within=3)
+    assert process.popen.wait(5) == 128 + signal.SIGKILL
+
+
+def test_stop_and_kill_take_the_whole_group_with_them(tmp_path, gone):
     log = tmp_path / "log"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {STUBBORN!r}])"
     for end in ("stop", "kill"):
-        process = stack.start_process("family", python(parent), grace=5, log=log)
+        process = start_process("family", python(parent), grace=5, log=log)
         wait_for(log, "deaf")
         log.unlink()
         family = psutil.Process(process.popen.pid).children(recursive=True)
@@ -358,7 +352,7 @@ def test_a_tether_forwards_signals(tmp_path):
         "import signal, time; signal.signal(signal.SIGINT, lambda *_: exit(9)); "
         "print('ready', flush=True); time.sleep(600)"
     )
-    process = stack.start_process("listener", python(code), log=log)
+    process = start_process("listener", python(code), log=log)
     wait_for(log, "ready")
     process.popen.send_signal(signal.SIGINT)
     try:
