@@ -297,10 +297,6 @@ _METRICS = text("""
         (details->'interpolation'->>'min_probability')::float8, details
     FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS new (job_id uuid, details jsonb)
 """)
-# Of a job that has ended, nobody wants to know how far it was a minute before.
-_FORGET_PROGRESS = text("""
-    DELETE FROM job_events WHERE job_id = ANY(CAST(:ids AS uuid[])) AND type = 'progress'
-""")
 _ARTIFACTS = text("""
     INSERT INTO artifacts (job_id, name, sha256)
     SELECT * FROM unnest(CAST(:job_ids AS uuid[]), CAST(:names AS text[]), CAST(:hashes AS text[]))
@@ -346,7 +342,6 @@ def succeed(connection: Connection, finished: Sequence[Finished]) -> set[UUID]:
             "hashes": [blobs.digest(content) for _, _, content in files],
         },
     )
-    connection.execute(_FORGET_PROGRESS, {"ids": list(succeeded)})
     return succeeded
 
 

@@ -21,6 +21,11 @@ _SWEEPS = {
         DELETE FROM artifacts WHERE (job_id, name) IN (
             SELECT job_id, name FROM artifacts WHERE name LIKE 'snapshots/%'
             AND EXISTS {_FINISHED_BEFORE.format(table="artifacts")} LIMIT :limit)""",
+    "keep_progress": f"""
+        DELETE FROM job_events WHERE id IN (
+            SELECT id FROM job_events
+            WHERE type = 'progress' AND created_at < clock_timestamp() - :keep
+            AND EXISTS {_FINISHED_BEFORE.format(table="job_events")} LIMIT :limit)""",
     "keep_events": f"""
         DELETE FROM job_events WHERE id IN (
             SELECT id FROM job_events WHERE created_at < clock_timestamp() - :keep

@@ -69,6 +69,8 @@ class Settings(BaseSettings):
 
     keep_checkpoints: timedelta = Field(timedelta(hours=1), description="Of finished jobs.")
     keep_snapshots: timedelta = Field(timedelta(days=7), description="Of finished jobs.")
+    # One a second of each job that runs: a hundred times what else happens to it.
+    keep_progress: timedelta = Field(timedelta(hours=1), description="Of finished jobs.")
     keep_events: timedelta = Field(timedelta(days=7), description="Of finished jobs.")
     keep_idempotency_keys: timedelta = timedelta(hours=24)
     # More than the hour in which `blobs.put` takes a blob for safe.

@@ -141,17 +141,20 @@ class Runner:
     def _drain(self) -> None:
         began = time.perf_counter()
         claim: Future[list[Fresh]] | None = None
-        looked, more = 0.0, True
+        looked, more, idle, exhausted = 0.0, True, True, False
         while not self._beat.draining:
             if claim and claim.done():
                 fresh, claim = claim.result(), None
-                more = bool(fresh)
+                # Who looked while busy may have had no room for what waits.
+                more, exhausted = bool(fresh), idle and not fresh
                 with self._stages("prepare"):
                     for each in fresh:
                         self._take(each)
-            if not claim and (more or time.monotonic() - looked > PATIENCE):
-                places = self._settings.jobs_at_once - len(self._held) - len(self._measuring)
-                looked = time.monotonic()
+            places = self._settings.jobs_at_once - len(self._held) - len(self._measuring)
+            idle_now = not (self._held or self._measuring)
+            due = more or idle_now or time.monotonic() - looked > PATIENCE
+            if not claim and places > 0 and due and not (idle_now and exhausted):
+                looked, idle = time.monotonic(), idle_now
                 claim = self._claimer.submit(self._claim, self._view(), places)
             self._collect()
             self._obey()
