@@ -8,16 +8,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.errors import InvalidSpec, UnknownName
 from core.spec import CollisionSpec
+from store.overview import LIVE
 
 # Of workers that are there now: what others knew may be out of date.
-_LIVE = """slot IN (
-    SELECT slot FROM workers WHERE heartbeat_at > clock_timestamp() - interval '1 minute')"""
-_NAMES = text(f"SELECT DISTINCT name FROM models WHERE {_LIVE}")
+_NAMES = text(f"SELECT DISTINCT name FROM models WHERE {LIVE}")
 # Classes only where somebody asks for one: ImageNet's are 30 KB.
 _MODELS = text(f"""
     SELECT name, weights, input_shape, CASE WHEN :classes THEN classes END AS classes,
         jsonb_path_query_array(layers, '$[*].names[*]') AS layers
-    FROM models WHERE name = ANY(CAST(:names AS text[])) AND {_LIVE}
+    FROM models WHERE name = ANY(CAST(:names AS text[])) AND {LIVE}
 """)
 
 

@@ -16,7 +16,7 @@ from core.spec import CollisionSpec
 from store.images import Stored
 from store.lifecycle import FINAL, Status
 from store.moves import cancel as cancel_sql
-from store.overview import FRESH
+from store.workers import FRESH
 
 # Counting stops here: a position in the tens of thousands says enough.
 MAX_POSITION = 10_000

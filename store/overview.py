@@ -13,9 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.errors import UnknownName
 from store.lifecycle import FINAL, Status
-
-# A worker that was not heard of for so long is taken for gone.
-FRESH = "heartbeat_at > clock_timestamp() - interval '10 seconds'"
+from store.workers import FRESH
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +48,17 @@ class Queue:
     counters: Mapping[str, int]
 
 
-_LIVE = f"slot IN (SELECT slot FROM workers WHERE NOT draining AND {FRESH})"
+LIVE = f"slot IN (SELECT slot FROM workers WHERE NOT draining AND {FRESH})"
 # Without a name the long columns stay where they are: a thousand classes a network are 30 KB.
 _MODELS = text(f"""
     SELECT name, weights, input_shape, jsonb_array_length(classes) AS class_count, origin, ready,
         layers IS NOT NULL AS layers_known,
         CASE WHEN CAST(:name AS text) IS NOT NULL THEN classes END AS classes,
         CASE WHEN CAST(:name AS text) IS NOT NULL THEN layers END AS layers
-    FROM models WHERE {_LIVE} AND (CAST(:name AS text) IS NULL OR name = :name)
+    FROM models WHERE {LIVE} AND (CAST(:name AS text) IS NULL OR name = :name)
     ORDER BY name, reported_at DESC
 """)
-_NAMES = text(f"SELECT DISTINCT name FROM models WHERE {_LIVE}")
+_NAMES = text(f"SELECT DISTINCT name FROM models WHERE {LIVE}")
 
 
 async def models(connection: AsyncConnection) -> list[Model]:

@@ -424,15 +424,27 @@ def expire(connection: Connection, max_crashes: int, lease: timedelta) -> int:
     return len(lost) + len(given_up)
 
 
-def forget_blob(connection: Connection, sha256: str) -> None:
-    """Deletes a checkpoint that nobody refers to any more."""
+def checkpoints(connection: Connection) -> set[str]:
+    """The hashes of all checkpoints that some job may go on from."""
+    named = text("SELECT checkpoint_sha256 FROM jobs WHERE checkpoint_sha256 IS NOT NULL")
+    return set(connection.scalars(named))
+
+
+def forget_checkpoint(connection: Connection, sha256: str) -> bool:
+    """Deletes a checkpoint unless a job may go on from it; whether nobody needs it."""
+    named = text("SELECT EXISTS (SELECT FROM jobs WHERE checkpoint_sha256 = :sha256)")
+    if connection.scalar(named, {"sha256": sha256}):
+        return False
     connection.execute(
-        text("""
-            DELETE FROM blobs WHERE sha256 = :sha256 AND media_type = :checkpoint
-            AND NOT EXISTS (SELECT 1 FROM jobs WHERE checkpoint_sha256 = :sha256)
-        """),
-        {"sha256": sha256, "checkpoint": blobs.SAFETENSORS},
+        text("DELETE FROM blobs WHERE sha256 = :sha256 AND media_type = :media_type"),
+        {"sha256": sha256, "media_type": blobs.SAFETENSORS},
     )
+    return True
+
+
+def lock_reconciling(connection: Connection) -> bool:
+    """Takes the lock under which leases expire, for this transaction; whether it was free."""
+    return bool(connection.scalar(text("SELECT pg_try_advisory_xact_lock(7265636)")))
 
 
 def count(connection: Connection, name: str, more: int) -> None:

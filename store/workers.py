@@ -7,6 +7,9 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
+# A worker that was not heard of for so long is taken for gone.
+FRESH = "heartbeat_at > clock_timestamp() - interval '10 seconds'"
+
 
 def register(connection: Connection, worker_id: UUID, slot: str, device: str) -> None:
     """Enters a worker in its slot; its predecessor there is dead, so are its leases."""
@@ -53,13 +56,17 @@ def leave(connection: Connection, slot: str) -> None:
     connection.execute(text("DELETE FROM models WHERE slot = :slot"), {"slot": slot})
 
 
-def live(connection: Connection, within: float = 10.0) -> int:
-    """How many workers were heard of in the last seconds."""
-    alive = text("""
-        SELECT count(*) FROM workers WHERE NOT draining
-        AND heartbeat_at > clock_timestamp() - make_interval(secs => :within)
-    """)
-    return int(connection.scalar(alive, {"within": within}) or 0)
+def live(connection: Connection) -> int:
+    """How many live workers take jobs."""
+    alive = text(f"SELECT count(*) FROM workers WHERE NOT draining AND {FRESH}")
+    return int(connection.scalar(alive) or 0)
+
+
+def slots_of(connection: Connection, host: str) -> list[tuple[str, bool]]:
+    """The slots `host:...`, and whether each was heard of lately."""
+    slots = text(f"SELECT slot, {FRESH} FROM workers WHERE starts_with(slot, :host)")
+    rows = connection.execute(slots, {"host": f"{host}:"})
+    return [(str(slot), bool(fresh)) for slot, fresh in rows]
 
 
 def report_models(connection: Connection, slot: str, models: Sequence[dict[str, Any]]) -> None:

@@ -8,18 +8,11 @@ import socket
 import sys
 from collections.abc import Iterable
 
-from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
+from store import workers
 from store.database import connect
 from store.settings import Settings
-
-# A heartbeat comes every second, unless the store is slow.
-FRESH = 15.0
-_SLOTS = text("""
-    SELECT slot, heartbeat_at > clock_timestamp() - make_interval(secs => :fresh) FROM workers
-    WHERE starts_with(slot, :host)
-""")
 
 
 def main() -> int:
@@ -27,9 +20,7 @@ def main() -> int:
     database = connect(Settings())
     try:
         with database.connect() as connection:
-            host = f"{socket.gethostname()}:"
-            rows = connection.execute(_SLOTS, {"host": host, "fresh": FRESH})
-            slots = [(str(slot), bool(fresh)) for slot, fresh in rows]
+            slots = workers.slots_of(connection, socket.gethostname())
     except SQLAlchemyError as error:
         print(f"The store does not answer: {str(error).splitlines()[0]}")
         return 1

@@ -13,7 +13,7 @@ from tempfile import gettempdir
 import redis
 import structlog
 from kombu.exceptions import OperationalError
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from store import queue, retention, workers
@@ -24,8 +24,6 @@ from worker.app import drain
 
 log = structlog.get_logger(__name__)
 
-# Any number that is only ours.
-_TRY_LOCK = text("SELECT pg_try_advisory_xact_lock(7265636)")
 SWEEP_EVERY = 600.0
 # Touched at each turn, for health checks.
 PULSE = Path(gettempdir()) / "polycollide-reconciler"
@@ -49,7 +47,7 @@ class Reconciler:
             redis.RedisError, OperationalError (kombu's): the broker is.
         """
         with self._database.begin() as connection:
-            if not connection.scalar(_TRY_LOCK):
+            if not queue.lock_reconciling(connection):
                 return
             lease = self._settings.lease
             if self._trusts_leases() and (

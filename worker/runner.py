@@ -1,7 +1,9 @@
 """The loop from claim to result, in the pool's child: claims jobs, runs their engines, ends them.
 
-Three threads: this loop owns the device, a *claimer* talks to the store ahead of it and a *writer*
-behind it, so that the device never waits for SQL. The heartbeat is a fourth.
+This loop owns the engines. A *claimer* talks to the store ahead of it, *measurers* look at what
+has converged, and a *writer* brings it to the store, so that no step waits for SQL. Each is a
+thread, and so is the heartbeat. On a CPU measurers take every core but one, and the loop helps them
+when they fall behind: more threads than cores would only get in each other's way.
 """
 
 import os
@@ -16,7 +18,6 @@ import structlog
 import tenacity
 import torch
 from safetensors.torch import load
-from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from core import images, models
@@ -109,10 +110,8 @@ class Runner:
         with self._database.begin() as connection:
             workers.register(connection, self._id, self._slot, self._beat.device)
             queue.expire(connection, self._settings.max_crashes, self._settings.lease)
-            wanted = connection.scalars(
-                text("SELECT checkpoint_sha256 FROM jobs WHERE checkpoint_sha256 IS NOT NULL")
-            )
-            kept = {checkpoint_path(self._settings.checkpoint_dir, sha256) for sha256 in wanted}
+            wanted = queue.checkpoints(connection)
+        kept = {checkpoint_path(self._settings.checkpoint_dir, sha256) for sha256 in wanted}
         for path in self._settings.checkpoint_dir.glob("*.safetensors"):
             # Another worker on this volume may be about to name a fresh one.
             if path not in kept and time.time() - path.stat().st_mtime > UNNAMED:
@@ -230,8 +229,7 @@ class Runner:
             return None
         path = checkpoint_path(self._settings.checkpoint_dir, sha256)
         try:
-            content = found.get(sha256) or path.read_bytes()
-            return load(content)
+            return load(found.get(sha256) or path.read_bytes())
         except Exception as error:
             log.warning("a checkpoint cannot be read: the job begins anew", error=repr(error))
             return None
@@ -353,8 +351,7 @@ class Runner:
         now = time.monotonic()
         if now - self._round_began < ROUND:
             return
-        rate = self._steps / (now - self._round_began)
-        self._beat.steps_per_second = rate
+        self._beat.steps_per_second = self._steps / (now - self._round_began)
         self._steps, self._round_began = 0, now
         for held in list(self._held.values()):
             self._look_after(held, now)
@@ -393,8 +390,9 @@ class Runner:
         """Gives back whatever is still here."""
         for fresh in claim.result() if claim else []:
             self._writer.release(fresh.claimed.lease, "Handed back by a worker that ended.")
-        wait(self._measuring)
-        self._collect()
+        while self._measuring:  # what is collected may be measured again, with more memory
+            wait(self._measuring)
+            self._collect()
         for held in self._held.values():
             self._let_go(held)
         self._held.clear()

@@ -8,6 +8,7 @@ import json
 import queue as queues
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
@@ -42,9 +43,9 @@ T = TypeVar("T")
 INLINE = 64 * 2**20
 # Results that share a transaction: its cost is then next to nothing, and little waits for it.
 TOGETHER = 16
+TOGETHER_BYTES = 64 * 2**20
 # Results that wait to be written: memory is bounded, and the device seldom waits.
 BACKLOG = 256
-TOGETHER_BYTES = 64 * 2**20
 
 
 class Lost(Exception):
@@ -120,7 +121,7 @@ class Writer(threading.Thread):
                     tasks.append(self._todo.get_nowait())
                 except queues.Empty:
                     break
-            self._try(lambda: self._succeed([task for task in tasks if not callable(task)]))  # noqa: B023
+            self._try(partial(self._succeed, [task for task in tasks if not callable(task)]))
             for task in tasks:
                 if callable(task):
                     self._try(task)
@@ -139,11 +140,10 @@ class Writer(threading.Thread):
         """The last write under a lease, after which nobody vouches for it, come what may."""
         try:
             last()
-            if sha256 := self._checkpoints.get(lease.token):
-                self._forget(sha256)
         finally:
-            self._checkpoints.pop(lease.token, None)
             self._beat.drop(lease)
+            if sha256 := self._checkpoints.pop(lease.token, None):
+                self._forget(sha256)
 
     def _succeed(self, done: list[tuple[Lease, Job, Outcome]]) -> None:
         finished: list[Finished] = []
@@ -170,7 +170,7 @@ class Writer(threading.Thread):
         try:
             self._ask(leases, lambda connection: queue.succeed(connection, finished))
         except Lost:
-            pass
+            said = "lost"
         except Exception as error:
             if len(finished) > 1:
                 for each in finished:
@@ -180,8 +180,10 @@ class Writer(threading.Thread):
             reason = f"The store refused the result: {str(error).splitlines()[0]}"
             self._fail(leases[0], "internal_error", reason)
             return
+        else:
+            said = "finished"
         for lease in leases:
-            self._end(lease, lambda: log.info("finished", job=str(lease.job_id)))  # noqa: B023
+            self._end(lease, partial(log.info, said, job=str(lease.job_id)))
 
     def _fail(self, lease: Lease, code: str, message: str) -> None:
         # An exception may say anything; Postgres takes neither of these.
@@ -212,10 +214,14 @@ class Writer(threading.Thread):
             self._forget(before)
 
     def _forget(self, sha256: str) -> None:
-        """Deletes a checkpoint that was replaced, or whose job has ended."""
-        checkpoint_path(self._settings.checkpoint_dir, sha256).unlink(missing_ok=True)
-        with self._database.begin() as connection:
-            queue.forget_blob(connection, sha256)
+        """Deletes a checkpoint that was replaced or whose job has ended, if nobody needs it."""
+        try:
+            with self._database.begin() as connection:
+                unneeded = queue.forget_checkpoint(connection, sha256)
+        except SQLAlchemyError:  # then retention does it
+            return
+        if unneeded:
+            checkpoint_path(self._settings.checkpoint_dir, sha256).unlink(missing_ok=True)
 
     def _ask(self, leases: Sequence[Lease], action: Callable[[Connection], T]) -> T:
         """`action` in a transaction of its own, again and again while the store is away.

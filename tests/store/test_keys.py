@@ -1,27 +1,12 @@
 """Keys: shown once, told from others in constant time, closed for good."""
 
 import asyncio
-from collections.abc import Iterator
 from uuid import UUID
 
-import pytest
-from sqlalchemy import Connection, Engine, create_engine, make_url, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from store import keys
-
-
-@pytest.fixture
-def engine(database: str) -> Iterator[Engine]:
-    own = create_engine(make_url(database).set(drivername="postgresql+psycopg"))
-    yield own
-    own.dispose()
-
-
-@pytest.fixture
-def connection(engine: Engine) -> Iterator[Connection]:
-    with engine.connect() as own:
-        yield own
 
 
 def authenticated(engine: Engine, *given: str) -> list[UUID | None]:

@@ -1,12 +1,10 @@
 """The queue against a model of it: whatever happens in whatever order, on the real Postgres."""
 
 import asyncio
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from uuid import UUID, uuid4
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -17,7 +15,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from sqlalchemy import Connection, Engine, create_engine, insert, make_url, text
+from sqlalchemy import Connection, Engine, insert, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from store import blobs, jobs, queue
@@ -25,29 +23,13 @@ from store.lifecycle import FINAL, LEASED, Event, Status, after
 from store.queue import ALONE, SUSPECT_AFTER, Finished, Lease
 from store.tables import ApiKey, Job
 
+from .conftest import CORNER, result
+
 LEASE = timedelta(hours=1)
 any_bool = st.booleans()
+RESULT = result(CORNER, CORNER | {"index": 1})
 MAX_CRASHES = 3
 KINDS = ("a", "b")
-CORNER = {
-    "index": 0,
-    "converged": True,
-    "label": 1,
-    "probability": 0.5,
-    "l_pos": 1.0,
-    "violation": 0.0,
-    "relative_residual": 0.1,
-    "distance_to_source": 1.0,
-    "distance_to_target": 2.0,
-}
-RESULT = {
-    "converged": True,
-    "steps": 10,
-    "seconds": 0.1,
-    "polytope": {"spread": 0.1},
-    "interpolation": None,
-    "corners": [CORNER, CORNER | {"index": 1}],
-}
 
 
 @dataclass
@@ -284,13 +266,6 @@ class Life(RuleBasedStateMachine):
                 assert claimed
                 taken |= {each.lease.job_id for each in claimed}
         assert taken == queued
-
-
-@pytest.fixture
-def engine(database: str) -> Iterator[Engine]:
-    engine = create_engine(make_url(database).set(drivername="postgresql+psycopg"))
-    yield engine
-    engine.dispose()
 
 
 def test_one_live_lease_a_job_final_stays_final_and_nothing_queued_is_forgotten(

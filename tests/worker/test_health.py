@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import create_engine, make_url, text
 
 from store import workers
-from worker.health import FRESH, well
+from worker.health import well
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_the_check_reads_this_hosts_rows_and_opens_no_torch(database: str) -> No
     with engine.begin() as connection:
         connection.execute(
             text("UPDATE workers SET heartbeat_at = heartbeat_at - make_interval(secs => :s)"),
-            {"s": FRESH},
+            {"s": 15},
         )
     assert check() == 1
     engine.dispose()
