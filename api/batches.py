@@ -28,8 +28,8 @@ from api.intake import Intake, NoItemAccepted, TooManyItems
 from api.jobs import IdempotencyKey
 from api.openapi import body, ref
 from api.schemas import Cursor
-from api.submission import media_type_of
-from store import batches, idempotency, overview
+from api.submission import created_before, media_type_of
+from store import batches, overview
 
 router = APIRouter(prefix="/batches", tags=["batches"])
 LINES = ("application/jsonl", "application/x-ndjson")
@@ -112,25 +112,17 @@ async def submit(
 ) -> Any:
     """Submits many jobs at once."""
     batch_id = uuid4()
-    known = None
-    if idempotency_key is not None:
-        known = await idempotency.take(
-            connection,
-            key_id=key_id,
-            value=idempotency_key,
-            body_sha256=intake.sha256,
-            created_id=batch_id,
-        )
-    if known is None:
+    known_id = await created_before(
+        connection, key_id, idempotency_key, sha256=intake.sha256, new_id=batch_id
+    )
+    if known_id is None:
         await intake.write(
             connection, key_id=key_id, batch_id=batch_id, request_id=request.state.request_id
         )
         workers = await overview.workers(connection)
         background.add_task(parts.doorbell.ring, max(1, workers))  # after the commit
-    elif known.body_sha256 != intake.sha256:
-        raise IdempotencyKeyReused
     else:
-        batch_id = known.created_id
+        batch_id = known_id
         response.headers["Idempotency-Replayed"] = "true"
     response.headers["Location"] = f"/v1/batches/{batch_id}"
     response.headers["Retry-After"] = "1"

@@ -17,15 +17,16 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from api import pictures
 from api.batch_schemas import BatchItem, GridBatch, ItemsBatch
-from api.errors import ApiError, FieldError, SameImage, TooManyQueuedJobs, UnknownImage
+from api.errors import ApiError, FieldError, SameImage, TooManyQueuedJobs
 from api.items import CHUNK, CHUNK_BYTES, Items, Refused, lines, refused
 from api.pictures import INLINE, Known
+from api.submission import stored
 from core.errors import CoreError
 from core.spec import CollisionSpec
 from store import batches, catalog, images, jobs
 from store.batches import Item
 from store.blobs import digest
-from store.images import Picture, Stored
+from store.images import Picture
 from store.settings import Settings
 
 Role = Literal["source", "target"]
@@ -122,7 +123,7 @@ class Intake:
         if not reference.startswith(INLINE) or (key := _key(role, reference)) in self._images:
             return
         try:
-            self._images[key] = pictures._check(role, pictures._inline(role, reference))
+            self._images[key] = pictures.inline(role, reference)
         except CoreError as error:
             self._images[key] = error
 
@@ -215,8 +216,8 @@ class Intake:
             index=draft.index,
             custom_id=draft.custom_id,
             spec=draft.spec,
-            source=_stored(draft.source, names),
-            target=_stored(draft.target, names),
+            source=stored(draft.source, names),
+            target=stored(draft.target, names),
             priority=draft.priority,
             labels=draft.labels,
             deadline_seconds=draft.deadline_seconds or draft.spec.max_seconds + grace,
@@ -234,15 +235,6 @@ def _refusal(known: catalog.Catalog, spec: CollisionSpec) -> CoreError | None:
     except CoreError as error:
         return error
     return None
-
-
-def _stored(image: Picture | Known, names: dict[str, str]) -> Stored:
-    """Raises UnknownImage."""
-    if isinstance(image, Picture):
-        return Stored(image.name, image.sha256)
-    if image.sha256 not in names:
-        raise UnknownImage(f"You have no image {image.sha256}; send it first.")
-    return Stored(names[image.sha256], image.sha256)
 
 
 def _bounded(pictures: Sequence[Picture]) -> Iterator[list[Picture]]:

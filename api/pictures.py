@@ -39,7 +39,8 @@ async def resolve(reference: str, name: str, decoding: asyncio.Semaphore) -> Pic
     if reference.startswith(SAMPLE):
         return _sample(reference)
     if reference.startswith(INLINE):
-        return await check(name, await asyncio.to_thread(_inline, name, reference), decoding)
+        async with decoding:
+            return await asyncio.to_thread(inline, name, reference)
     raise InvalidImage(f"{name} is to be `sample:<name>`, `sha256:<hash>` or `base64:<data>`.")
 
 
@@ -56,20 +57,22 @@ def short_name(name: str | None) -> str:
     return printable.strip()[:MAX_NAME] or "image"
 
 
-@cache
-def _sample(reference: str) -> Picture:
-    name, content = images.read(reference)
-    return _check(name, content)
-
-
-def _inline(name: str, reference: str) -> bytes:
+def inline(name: str, reference: str) -> Picture:
+    """An image that comes in base64. Blocks while it is decoded. Raises InvalidImage."""
     encoded = reference.removeprefix(INLINE)
     if len(encoded) > (images.MAX_BYTES + 2) * 4 / 3:
         raise InvalidImage(f"{name} has over {images.MAX_BYTES:,} bytes; resize it.")
     try:
-        return base64.b64decode(encoded, validate=True)
+        content = base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidImage(f"{name} is no valid base64.") from error
+    return _check(name, content)
+
+
+@cache
+def _sample(reference: str) -> Picture:
+    name, content = images.read(reference)
+    return _check(name, content)
 
 
 def _check(name: str, content: bytes) -> Picture:

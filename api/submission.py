@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from email.message import Message
 from typing import Annotated, TypeVar
@@ -90,18 +91,11 @@ async def submit(
 ) -> tuple[UUID, bool]:
     """Writes the job and its images; its id, and whether it is new."""
     job_id, asked = uuid4(), submission.request
-    if idempotency_key is not None:
-        known = await idempotency.take(
-            connection,
-            key_id=key_id,
-            value=idempotency_key,
-            body_sha256=submission.sha256,
-            created_id=job_id,
-        )
-        if known is not None and known.body_sha256 != submission.sha256:
-            raise IdempotencyKeyReused
-        if known is not None:
-            return known.created_id, False
+    known_id = await created_before(
+        connection, key_id, idempotency_key, sha256=submission.sha256, new_id=job_id
+    )
+    if known_id is not None:
+        return known_id, False
     limits = {"max_parameters": settings.max_parameters}
     (await catalog.read(connection, [asked.spec], **limits)).check(asked.spec)
     limit = settings.max_queued_jobs
@@ -124,6 +118,32 @@ async def submit(
         ),
     )
     return job_id, True
+
+
+async def created_before(
+    connection: AsyncConnection,
+    key_id: UUID,
+    idempotency_key: str | None,
+    *,
+    sha256: str,
+    new_id: UUID,
+) -> UUID | None:
+    """What a request with this Idempotency-Key created; None where that will be `new_id`.
+
+    Raises IdempotencyKeyReused where its body was another one.
+    """
+    if idempotency_key is None:
+        return None
+    known = await idempotency.take(
+        connection,
+        key_id=key_id,
+        value=idempotency_key,
+        body_sha256=sha256,
+        created_id=new_id,
+    )
+    if known is not None and known.body_sha256 != sha256:
+        raise IdempotencyKeyReused
+    return known.created_id if known else None
 
 
 def media_type_of(request: Request) -> str:
@@ -173,15 +193,19 @@ async def _store(
     await images.put(connection, key_id, [image for image in both if isinstance(image, Picture)])
     hashes = [image.sha256 for image in both if isinstance(image, Known)]
     names = await images.names(connection, key_id, hashes)
-    stored = []
-    for image in both:
-        if isinstance(image, Picture):
-            stored.append(Stored(image.name, image.sha256))
-        elif image.sha256 in names:
-            stored.append(Stored(names[image.sha256], image.sha256))
-        else:
-            raise UnknownImage(f"You have no image {image.sha256}; send it first.")
-    return stored[0], stored[1]
+    return stored(submission.source, names), stored(submission.target, names)
+
+
+def stored(image: Picture | Known, names: Mapping[str, str]) -> Stored:
+    """An image by what it is called in the store; `names` are those of known ones, by hash.
+
+    Raises UnknownImage.
+    """
+    if isinstance(image, Picture):
+        return Stored(image.name, image.sha256)
+    if image.sha256 not in names:
+        raise UnknownImage(f"You have no image {image.sha256}; send it first.")
+    return Stored(names[image.sha256], image.sha256)
 
 
 RAISES: tuple[type[ApiError], ...] = (

@@ -8,7 +8,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from core.job import Subject, reference_images
+from core.job import Subject, is_out_of_memory, reference_images
 from core.spec import CollisionSpec
 from core.taps import matmul_precision
 
@@ -33,12 +33,10 @@ def rows_worth(subject: Subject, spec: CollisionSpec, *, memory_fraction: float 
         try:
             with matmul_precision(tf32=spec.precision == "tf32"):
                 seconds, taken = _trial(subject, images, until)
-        except (torch.OutOfMemoryError, MemoryError):
-            break
-        except RuntimeError as error:
-            if "allocate memory" not in str(error):  # what torch says of the CPU's
-                raise
-            break
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                break
+            raise
         if taken > budget or seconds > STEP_SECONDS:
             break
         if rows / seconds > GAIN * best:

@@ -154,6 +154,12 @@ def _describe(tap: Tap, references: Tensor) -> LayerInfo:
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the machine had no memory left."""
+    told = isinstance(error, RuntimeError) and "allocate memory" in str(error)  # of the CPU's
+    return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
 @cache
 def _reference_files(mode: str) -> list[tuple[str, bytes]]:
     folder = "mnist/" if mode == "L" else "photos/"

@@ -283,10 +283,8 @@ def in_one_sentence() -> Iterator[None]:
         yield
     except CoreError as error:
         message = str(error)
-    except (torch.OutOfMemoryError, MemoryError):
-        message = OUT_OF_MEMORY
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):  # what torch says of the CPU's
+    except (RuntimeError, MemoryError) as error:
+        if not job.is_out_of_memory(error):
             raise
         message = OUT_OF_MEMORY
     except OSError as error:

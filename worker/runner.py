@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from core import images, models
 from core.engine import Group
 from core.errors import CoreError
-from core.job import Job, Outcome, measure, prepare
+from core.job import Job, Outcome, is_out_of_memory, measure, prepare
 from core.spec import CollisionSpec
 from store import queue, workers
 from store.database import connect
@@ -32,7 +32,7 @@ from store.settings import Settings
 from worker.bench import Bench
 from worker.heartbeat import Heartbeat
 from worker.plan import Running, choose
-from worker.station import Interrupted, State, Station, is_out_of_memory
+from worker.station import Interrupted, State, Station
 from worker.timing import Stages
 from worker.writer import Writer, checkpoint_path
 

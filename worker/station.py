@@ -27,12 +27,6 @@ THREADS = torch.get_num_threads()
 RECOVERY = 100
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the machine had no memory left."""
-    told = "allocate memory" in str(error)  # what torch says of the CPU's
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or told
-
-
 class Interrupted(Exception):
     """A step was broken off, since a job in it is no longer wanted."""
 

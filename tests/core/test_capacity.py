@@ -45,7 +45,7 @@ def test_a_small_network_is_worth_many_rows(subject):
 
 
 def test_rows_that_take_their_time_one_by_one_are_not_worth_more(subject):
-    assert rows_worth(hindered(subject, lambda rows: time.sleep(0.004 * rows)), SPEC) <= 16
+    assert rows_worth(hindered(subject, lambda rows: time.sleep(0.02 * rows)), SPEC) <= 16
 
 
 def test_a_slow_network_is_given_up_in_time(subject):
