@@ -2,6 +2,8 @@
 
 import io
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,7 @@ Arrays = dict[str, NDArray[Any]]
 def encode(done: Job, outcome: Outcome) -> dict[str, bytes]:
     """The files of `outcome` by name; the same outcome gives the same bytes.
 
-    `corner-<k>.png`, `corners.npz`, and `samples.npz` and `snapshots.npz` where there are any; with
-    `figures` in the spec also `figure.png`, `curves.png` and `snapshots.png`.
+    `corner-<k>.png`, `corners.npz`, and `samples.npz` and `snapshots.npz` where there are any.
     """
     files = {f"corner-{k}.png": images.to_png(corner) for k, corner in enumerate(outcome.corners)}
     files["corners.npz"] = to_npz({"corners": outcome.corners})
@@ -26,7 +27,24 @@ def encode(done: Job, outcome: Outcome) -> dict[str, bytes]:
         files["samples.npz"] = to_npz(_samples(outcome.samples))
     if done.group.snapshots.values:
         files["snapshots.npz"] = to_npz(_snapshots(done))
-    return files | _pictures(done, outcome) if done.spec.figures else files
+    return files
+
+
+def pictures(done: Job, outcome: Outcome) -> Callable[[], dict[str, bytes]]:
+    """What draws `outcome` when it is called, here or in another process: PNG files by name.
+
+    `figure.png`, `curves.png`, and `snapshots.png` where there are any.
+    """
+    from core import figures  # matplotlib takes half a second to import
+
+    return partial(
+        figures.draw,
+        done.source.pixels,
+        done.target.pixels,
+        outcome.corners,
+        outcome.result,
+        figures.Course.of(done.group),
+    )
 
 
 def to_npz(arrays: Arrays) -> bytes:
@@ -67,17 +85,3 @@ def _snapshots(done: Job) -> Arrays:
         "steps": np.array(record.steps)[kept],
         "images": np.stack([record.values[i].numpy() for i in kept]),
     }
-
-
-def _pictures(done: Job, outcome: Outcome) -> dict[str, bytes]:
-    from core import figures  # matplotlib takes half a second to import
-
-    source, target, group = done.source.pixels, done.target.pixels, done.group
-    pictures = {
-        "figure.png": figures.draw_result(source, target, outcome.corners, outcome.result),
-        "curves.png": figures.draw_curves(group, outcome.result),
-    }
-    if group.snapshots.values:
-        drawn = figures.draw_snapshots(source, target, group, outcome.corners)
-        pictures["snapshots.png"] = drawn
-    return pictures

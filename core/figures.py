@@ -50,6 +50,54 @@ class _Cell:
     colour: str = RULE_COLOUR
 
 
+@dataclass(frozen=True)
+class Course:
+    """How K rows of a job went, without torch, so that another process can draw it.
+
+    `curves` [N, K, 2] are L_pos and violation at `curve_steps`, `thresholds` what they had to
+    pass; `snapshots` [M, K, C, H, W] the images at `snapshot_steps`, of which `wanted` are to be
+    shown; `steps` [K] the last of each row.
+    """
+
+    steps: NDArray[np.int64]
+    thresholds: tuple[float, float]
+    curve_steps: Sequence[int]
+    curves: NDArray[np.floating[Any]]
+    snapshot_steps: Sequence[int]
+    snapshots: Pixels
+    wanted: int
+
+    @classmethod
+    def of(cls, group: "Group") -> "Course":
+        """What the engine has noted of a job."""
+        curves, snapshots = (
+            np.reshape([value.numpy() for value in record.values], (-1, len(group.steps), *rest))
+            for record, rest in ((group.curves, (2,)), (group.snapshots, group.source.shape))
+        )
+        return cls(
+            steps=group.steps,
+            thresholds=(group.l_pos_threshold, group.violation_threshold),
+            curve_steps=group.curves.steps,
+            curves=curves,
+            snapshot_steps=group.snapshots.steps,
+            snapshots=snapshots,
+            wanted=group.spec.snapshots,
+        )
+
+
+def draw(
+    source: Pixels, target: Pixels, corners: Pixels, result: Result, course: Course
+) -> dict[str, bytes]:
+    """All pictures of a result, by the names of their files."""
+    pictures = {
+        "figure.png": draw_result(source, target, corners, result),
+        "curves.png": draw_curves(course, result),
+    }
+    if course.snapshot_steps:
+        pictures["snapshots.png"] = draw_snapshots(source, target, course, corners)
+    return pictures
+
+
 def draw_result(source: Pixels, target: Pixels, corners: Pixels, result: Result) -> bytes:
     """The paper's Figure 2: source, corners and target, and what the network takes them for.
 
@@ -72,17 +120,17 @@ def draw_result(source: Pixels, target: Pixels, corners: Pixels, result: Result)
     )
 
 
-def draw_snapshots(source: Pixels, target: Pixels, group: "Group", corners: Pixels) -> bytes:
+def draw_snapshots(source: Pixels, target: Pixels, course: Course, corners: Pixels) -> bytes:
     """Appendix C: the way from `source` to each of `corners` [K, C, H, W], one in each row."""
-    noted = zip(group.snapshots.steps, group.snapshots.values, strict=True)
+    noted = zip(course.snapshot_steps, course.snapshots, strict=True)
     # At step 0 each corner is the source; after its last step it is what `corners` holds.
-    between = [(step, images) for step, images in noted if 0 < step < group.steps.max()]
-    room = min(group.spec.snapshots, SNAPSHOT_COLUMNS)
+    between = [(step, images) for step, images in noted if 0 < step < course.steps.max()]
+    room = min(course.wanted, SNAPSHOT_COLUMNS)
     stride = -(-(len(between) + 1) // (room + 1))
-    columns = [(f"step {step:,}", images.numpy()) for step, images in between[stride - 1 :: stride]]
+    columns = [(f"step {step:,}", images) for step, images in between[stride - 1 :: stride]]
     rows = [
         [_Cell(images[k], () if k else (heading,)) for heading, images in columns]
-        + [_Cell(corner, () if k else ("final",), below=(f"step {group.steps[k]:,}",))]
+        + [_Cell(corner, () if k else ("final",), below=(f"step {course.steps[k]:,}",))]
         for k, corner in enumerate(corners[:SNAPSHOT_ROWS])
     ]
     return _sheet(
@@ -94,11 +142,10 @@ def draw_snapshots(source: Pixels, target: Pixels, group: "Group", corners: Pixe
     )
 
 
-def draw_curves(group: "Group", result: Result) -> bytes:
+def draw_curves(course: Course, result: Result) -> bytes:
     """L_pos and violation of each corner against steps, with the thresholds they had to pass."""
     kept = np.array([(corner.l_pos, corner.violation) for corner in result.corners])  # [K, 2]
     kept_steps = [corner.steps for corner in result.corners]
-    curves = np.reshape([values.numpy() for values in group.curves.values], (-1, *kept.shape))
     names = [f"corner {corner.index}" for corner in result.corners]
     few = len(names) <= len(COLOURS)
     colours = COLOURS[: len(names)] if few else [SOURCE_COLOUR] * len(names)
@@ -106,11 +153,11 @@ def draw_curves(group: "Group", result: Result) -> bytes:
 
     figure = Figure((CURVES_SIZE[0] / DPI, CURVES_SIZE[1] / DPI))
     figure.set_layout_engine("constrained", w_pad=MARGIN / 2 / DPI, h_pad=MARGIN / 2 / DPI)
-    thresholds = group.l_pos_threshold, group.violation_threshold
-    panels = zip(figure.subplots(1, 2), ("L_pos", "violation"), thresholds, strict=True)
+    curves = course.curves
+    panels = zip(figure.subplots(1, 2), ("L_pos", "violation"), course.thresholds, strict=True)
     for i, (axes, name, threshold) in enumerate(panels):
         axes.set_prop_cycle(color=colours)
-        lines = axes.plot(group.curves.steps, curves[..., i], linewidth=width, alpha=alpha)
+        lines = axes.plot(course.curve_steps, curves[..., i], linewidth=width, alpha=alpha)
         axes.scatter(kept_steps, kept[:, i], c=colours, alpha=alpha, zorder=3, clip_on=False)
         tested = "not tested"
         if np.isfinite(threshold):
@@ -118,7 +165,7 @@ def draw_curves(group: "Group", result: Result) -> bytes:
             axes.axhline(threshold, color="black", linestyle="--", linewidth=1)
         axes.set_title(f"{name} ({tested})", loc="left", fontsize=FONT)
         axes.set_xlabel("step (dots: the states that were kept)", fontsize=FONT)
-        axes.set_xlim(0, 1.02 * max(10, *group.curves.steps, *kept_steps))
+        axes.set_xlim(0, 1.02 * max(10, *course.curve_steps, *kept_steps))
         _scale(axes, np.hstack([curves[..., i].ravel(), kept[:, i], threshold]))
     if few:
         place: Any = {"loc": "outside lower center", "ncols": len(names)}

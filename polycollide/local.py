@@ -154,6 +154,8 @@ def write(out: Path, done: job.Job, outcome: job.Outcome) -> list[str]:
     """
     files = {"result.json": outcome.result.model_dump_json(indent=2).encode()}
     files |= artifacts.encode(done, outcome)
+    if done.spec.figures:
+        files |= artifacts.pictures(done, outcome)()
     results.clear(out)
     for name, content in files.items():
         (out / name).write_bytes(content)

@@ -1,15 +1,17 @@
 """The loop from claim to result, in the pool's child: claims jobs, runs their engines, ends them.
 
 This loop owns the engines. A *claimer* talks to the store ahead of it, *measurers* look at what
-has converged, and a *writer* brings it to the store, so that no step waits for SQL. Each is a
-thread, and so is the heartbeat. On a CPU measurers take every core but one, and the loop helps them
-when they fall behind: more threads than cores would only get in each other's way.
+has converged, an *artist* draws it, and a *writer* brings it to the store, so that no step waits
+for SQL. Each is a thread, and so is the heartbeat; the artist is a process. On a CPU measurers take
+every core but one, and the loop helps them when they fall behind: more threads than cores would
+only get in each other's way.
 """
 
 import os
 import time
+from collections.abc import Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -20,7 +22,7 @@ import torch
 from safetensors.torch import load
 from sqlalchemy.exc import SQLAlchemyError
 
-from core import images, models
+from core import artifacts, images, models
 from core.engine import Group
 from core.errors import CoreError
 from core.job import Job, Outcome, is_out_of_memory, measure, prepare
@@ -29,6 +31,7 @@ from store import queue, workers
 from store.database import connect
 from store.queue import Claimed
 from store.settings import Settings
+from worker.artist import Artist, Pictures
 from worker.bench import Bench
 from worker.heartbeat import Heartbeat
 from worker.plan import Running, choose
@@ -100,6 +103,8 @@ class Runner:
         measurers = 1 if self._device.type == "cuda" else max(1, CORES - 1)
         self._measurers = ThreadPoolExecutor(measurers, thread_name_prefix="measurer")
         self._measuring: dict[Future[Outcome], Held] = {}
+        self._artist = Artist()
+        self._drawing: dict[Future[Pictures], tuple[Held, Outcome]] = {}
         self._steps, self._round_began = 0, time.monotonic()
 
     @tenacity.retry(
@@ -135,6 +140,7 @@ class Runner:
             self._beat.drop_all()
             self._held.clear()
             self._measuring.clear()
+            self._drawing.clear()
             self._stations.clear()
 
     def _drain(self) -> None:
@@ -149,8 +155,8 @@ class Runner:
                 with self._stages("prepare"):
                     for each in fresh:
                         self._take(each)
-            places = self._settings.jobs_at_once - len(self._held) - len(self._measuring)
-            idle_now = not (self._held or self._measuring)
+            here = len(self._held) + len(self._measuring) + len(self._drawing)
+            places, idle_now = self._settings.jobs_at_once - here, not here
             due = more or idle_now or time.monotonic() - looked > PATIENCE
             if not claim and places > 0 and due and not (idle_now and exhausted):
                 looked, idle = time.monotonic(), idle_now
@@ -164,8 +170,9 @@ class Runner:
                 continue
             if station:
                 self._advance(station)
-            elif claim or self._measuring or self._writer.busy:
-                awaited: list[Future[Any]] = [*self._measuring, *([claim] if claim else [])]
+            elif claim or here or self._writer.busy:
+                awaited: list[Future[Any]] = [*self._measuring, *self._drawing]
+                awaited += [claim] if claim else []
                 with self._stages("idle"):
                     if awaited:
                         wait(awaited, timeout=PATIENCE, return_when=FIRST_COMPLETED)
@@ -322,12 +329,12 @@ class Runner:
         return False
 
     def _collect(self) -> None:
-        """Passes on what has been measured."""
-        for done in [future for future in self._measuring if future.done()]:
-            held = self._measuring.pop(done)
-            error = done.exception()
+        """Passes on what has been measured, and what has been drawn."""
+        for measured in [future for future in self._measuring if future.done()]:
+            held = self._measuring.pop(measured)
+            error = measured.exception()
             if error is None:
-                self._writer.succeed(held.claimed.lease, held.job, done.result())
+                self._draw(held, measured.result())
             elif isinstance(error, Dropped):
                 self._let_go(held)
             elif is_out_of_memory(error) and held.tries < TRIES and held.station.shrink():
@@ -335,6 +342,22 @@ class Runner:
                 self._measuring[self._measurers.submit(self._measure, held)] = held
             else:
                 self._fail(held.claimed, error)
+        for drawn in [future for future in self._drawing if future.done()]:
+            held, outcome = self._drawing.pop(drawn)
+            self._beat.alive()
+            error = drawn.exception()
+            if error:
+                log.error("could not be drawn", job=str(held.claimed.lease.job_id), exc_info=error)
+                self._writer.succeed(held.claimed.lease, held.job, _undrawn(outcome), {})
+            else:
+                self._writer.succeed(held.claimed.lease, held.job, outcome, drawn.result())
+
+    def _draw(self, held: Held, outcome: Outcome) -> None:
+        if held.job.spec.figures:
+            drawn = self._artist.draw(artifacts.pictures(held.job, outcome))
+            self._drawing[drawn] = held, outcome
+        else:
+            self._writer.succeed(held.claimed.lease, held.job, outcome, {})
 
     def _on_chunk(self, held: Held) -> None:
         self._beat.alive()
@@ -348,6 +371,7 @@ class Runner:
         for token in self._beat.canceled | self._beat.lost:
             if held := self._held.pop(token, None):
                 self._let_go(held)
+        self._drop_undrawn(self._beat.canceled | self._beat.lost)
         now = time.monotonic()
         if now - self._round_began < ROUND:
             return
@@ -355,6 +379,13 @@ class Runner:
         self._steps, self._round_began = 0, now
         for held in list(self._held.values()):
             self._look_after(held, now)
+
+    def _drop_undrawn(self, tokens: Set[UUID]) -> None:
+        """Lets go of jobs whose pictures nobody has begun."""
+        for future, (held, _) in list(self._drawing.items()):
+            if held.token in tokens and future.cancel():
+                del self._drawing[future]
+                self._let_go(held)
 
     def _look_after(self, held: Held, now: float) -> None:
         lease, group = held.claimed.lease, held.job.group
@@ -393,6 +424,10 @@ class Runner:
         while self._measuring:  # what is collected may be measured again, with more memory
             wait(self._measuring)
             self._collect()
+        self._drop_undrawn({held.token for held, _ in self._drawing.values()})
+        while self._drawing:
+            wait(self._drawing)
+            self._collect()
         for held in self._held.values():
             self._let_go(held)
         self._held.clear()
@@ -410,6 +445,11 @@ class Runner:
             log.error("a job failed", job=str(claimed.lease.job_id), exc_info=error)
             code, message = "internal_error", f"{type(error).__name__}: {error}"
         self._writer.fail(claimed.lease, code, message)
+
+
+def _undrawn(outcome: Outcome) -> Outcome:
+    notes = [*outcome.result.notes, "Its pictures could not be drawn."]
+    return replace(outcome, result=outcome.result.model_copy(update={"notes": notes}))
 
 
 def _progress(group: Group, seconds: float) -> dict[str, float | int | None]:

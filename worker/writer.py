@@ -38,6 +38,7 @@ from worker.timing import Stages
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
+Found = tuple[Lease, Job, Outcome, Mapping[str, bytes]]
 
 # Checkpoints that are larger stay on the worker's volume.
 INLINE = 64 * 2**20
@@ -69,7 +70,7 @@ class Writer(threading.Thread):
         self._database, self._settings = database, settings
         self._beat, self._stages = beat, stages
         self._checkpoints: dict[UUID, str] = {}  # the last one of each lease, to be replaced
-        self._todo: queues.Queue[tuple[Lease, Job, Outcome] | Callable[[], None]]
+        self._todo: queues.Queue[Found | Callable[[], None]]
         self._todo = queues.Queue(BACKLOG)
 
     @property
@@ -81,9 +82,11 @@ class Writer(threading.Thread):
         """Waits until everything is written."""
         self._todo.join()
 
-    def succeed(self, lease: Lease, job: Job, outcome: Outcome) -> None:
-        """A result."""
-        self._todo.put((lease, job, outcome))
+    def succeed(
+        self, lease: Lease, job: Job, outcome: Outcome, pictures: Mapping[str, bytes]
+    ) -> None:
+        """A result, and what was drawn of it."""
+        self._todo.put((lease, job, outcome, pictures))
 
     def fail(self, lease: Lease, code: str, message: str) -> None:
         """A job without a result."""
@@ -145,16 +148,16 @@ class Writer(threading.Thread):
             if sha256 := self._checkpoints.pop(lease.token, None):
                 self._forget(sha256)
 
-    def _succeed(self, done: list[tuple[Lease, Job, Outcome]]) -> None:
+    def _succeed(self, done: list[Found]) -> None:
         finished: list[Finished] = []
         size = 0
-        for lease, job, outcome in done:
+        for found in done:
             try:
                 with self._stages("encode"):
-                    encoded = _encode(lease, job, outcome)
+                    encoded = _encode(*found)
             except Exception as error:
-                log.exception("could not be encoded", job=str(lease.job_id))
-                self._fail(lease, "internal_error", f"The result could not be drawn: {error}")
+                log.exception("could not be encoded", job=str(found[0].job_id))
+                self._fail(found[0], "internal_error", f"The result fits no file: {error}")
                 continue
             finished.append(encoded)
             size += sum(map(len, [*encoded.pngs, *encoded.files.values()]))
@@ -251,8 +254,8 @@ def checkpoint_path(folder: Path, sha256: str) -> Path:
     return folder / f"{sha256}.safetensors"
 
 
-def _encode(lease: Lease, job: Job, outcome: Outcome) -> Finished:
-    files = artifacts.encode(job, outcome)
+def _encode(lease: Lease, job: Job, outcome: Outcome, pictures: Mapping[str, bytes]) -> Finished:
+    files = {**artifacts.encode(job, outcome), **pictures}
     # Through JSON, which has no NaN: null stands for it.
     result = json.loads(outcome.result.model_dump_json())
     pngs = [files.pop(f"corner-{i}.png") for i in range(len(outcome.corners))]

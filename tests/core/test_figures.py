@@ -71,6 +71,10 @@ class Case:
         other.group.steps = self.group.steps[which]
         return other
 
+    @property
+    def course(self) -> figures.Course:
+        return figures.Course.of(self.group)
+
     def draw(self) -> tuple[bytes, bytes, bytes]:
         return self.draw_result(), self.draw_curves(), self.draw_snapshots()
 
@@ -78,10 +82,10 @@ class Case:
         return figures.draw_result(self.source, self.target, self.corners, self.result)
 
     def draw_curves(self) -> bytes:
-        return figures.draw_curves(self.group, self.result)
+        return figures.draw_curves(self.course, self.result)
 
     def draw_snapshots(self) -> bytes:
-        return figures.draw_snapshots(self.source, self.target, self.group, self.corners)
+        return figures.draw_snapshots(self.source, self.target, self.course, self.corners)
 
 
 @pytest.fixture(scope="module")

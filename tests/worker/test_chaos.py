@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -67,6 +68,54 @@ def test_a_worker_told_to_end_hands_back_with_a_checkpoint(whole: Service) -> No
     # max_seconds counts both attempts, so the second one went on where the first one stood.
     assert job["attempt"] == 2
     assert 6 <= job["result"]["seconds"] < 7
+
+
+DRAWN = SMALL | {"figures": True, "snapshots": 4}
+
+
+def artist_of(service: Service, worker: stack.Process) -> psutil.Process:
+    """The process that draws the pictures, once there is one."""
+    found: list[psutil.Process] = []
+
+    def drawing() -> bool:
+        found[:] = [
+            process
+            for process in service.child_of(worker).children()
+            if "worker.artist" in process.cmdline()
+        ]
+        return bool(found)
+
+    service.until(drawing, 30, "it draws")
+    return found[0]
+
+
+def test_kill_9_of_the_artist_costs_no_picture_and_it_outlives_no_worker(whole: Service) -> None:
+    worker = whole.start_worker()
+    jobs = [whole.submit(DRAWN, i) for i in range(8)]
+    artist_of(whole, worker).kill()
+    for job in whole.all_succeed(jobs):
+        assert job["attempt"] == 1
+        for picture in ("figure_png", "snapshots_png"):
+            assert whole.client.get(job["urls"][picture]).content.startswith(b"\x89PNG")
+    second = artist_of(whole, worker)
+    whole.child_of(worker).kill()
+    with suppress(psutil.NoSuchProcess):  # nobody may have collected it yet
+        whole.until(lambda: second.status() == psutil.STATUS_ZOMBIE, 10, "it ends, too")
+
+
+def test_a_worker_told_to_end_leaves_the_pictures_to_the_next(whole: Service) -> None:
+    worker = whole.start_worker()
+    jobs = [whole.submit(DRAWN, i) for i in range(40)]
+    artist_of(whole, worker)
+    began = time.monotonic()
+    worker.stop()
+    assert time.monotonic() - began < 10
+    attempts = [whole.job(job)["status"] for job in jobs]
+    assert "queued" in attempts
+    assert "running" not in attempts
+    whole.start_worker()
+    for job in whole.all_succeed(jobs):
+        assert whole.client.get(job["urls"]["figure_png"]).content.startswith(b"\x89PNG")
 
 
 def test_kill_9_of_the_api_between_commit_and_doorbell(whole: Service, redis: stack.Redis) -> None:
