@@ -29,7 +29,18 @@ import numpy as np
 from filling import FEW, WHOLE, execute, fill
 from rich.progress import track
 from rich.table import Table
-from serving import STAGES, Drained, Service, api, items, job, reconciler, servers, service
+from serving import (
+    OPTIMISE_CPU,
+    STAGES,
+    Drained,
+    Service,
+    api,
+    items,
+    job,
+    reconciler,
+    servers,
+    service,
+)
 from sqlalchemy import make_url, text
 from timing import Floats, Goal, Report, alternate, console, duration, table, verdict
 
@@ -42,7 +53,8 @@ def drain(options: Options) -> None:
     """A batch through a worker whose jobs share an engine, in turn with one that claims one a time.
 
     The stages go by the clock of the worker's threads: one that waits for a core, or for another
-    thread, is still in its stage, so together they may take longer than the whole. `idle` is of
+    thread, is still in its stage, so together they may take longer than the whole. Of the stage
+    that optimises, what its thread computed is told as well. `idle` is of
     the thread that owns the device, `asleep` the time in which the worker heard no bell.
     """
     fewer = max(1, options.jobs // 10)
@@ -65,6 +77,8 @@ def drain(options: Options) -> None:
     for name in STAGES:
         goal = (">=", 4.0) if name == "optimise" else None
         times(name, lambda drained, name=name: drained.each[name], goal)
+        if name == "optimise":
+            times("... on the processor", lambda drained: drained.each[OPTIMISE_CPU], goal)
     times("SQL: claim and write", lambda drained: drained.each["claim"] + drained.each["write"])
     times("POST", lambda drained: drained.each["POST"])
     times("from POST to the last status", lambda drained: drained.each["whole"], (">=", 1.5))

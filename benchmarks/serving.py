@@ -24,6 +24,7 @@ from store.database import connect, migrate
 from store.settings import Settings
 
 STAGES = ("prepare", "optimise", "measure", "encode", "claim", "write", "idle", "asleep")
+OPTIMISE_CPU = "optimise_cpu"
 WARM_UP = 20  # jobs
 _seeds = count()
 
@@ -100,7 +101,8 @@ class Service:
             first, last = map(float, connection.execute(ends, {"id": batch["id"]}).one())
         self.rest(mark)
         drains = self.events(mark, "drained")
-        seconds = {name: sum(d.get(name, 0.0) for d in drains) for name in STAGES}
+        names = (*STAGES, OPTIMISE_CPU)
+        seconds = {name: sum(d.get(name, 0.0) for d in drains) for name in names}
         seconds |= {"POST": answered - began, "whole": last - began}
         seconds["asleep"] = max(0.0, last - first - sum(d["seconds"] for d in drains))
         each = {name: spent / len(jobs) for name, spent in seconds.items()}
