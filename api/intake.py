@@ -63,6 +63,8 @@ class Intake:
 
     def __init__(self, settings: Settings, decoding: asyncio.Semaphore) -> None:
         self._settings, self._decoding = settings, decoding
+        # More than a key may have waiting would never find room.
+        self._most = min(settings.max_batch_items, settings.max_queued_jobs)
         self._labels: Sequence[str] = ()
         self._priority = 0
         self._count = 0
@@ -84,7 +86,7 @@ class Intake:
 
     async def add_all(self, asked: ItemsBatch | GridBatch) -> None:
         """Takes a body that was parsed already. Raises TooManyItems."""
-        if len(asked) > self._settings.max_batch_items:
+        if len(asked) > self._most:
             raise self._too_many()
         self._labels, self._priority = asked.labels, asked.priority
         numbered = enumerate(asked.each())
@@ -93,7 +95,7 @@ class Intake:
 
     async def _add(self, chunk: Sequence[tuple[int, Any]]) -> None:
         self._count += len(chunk)
-        if self._count > self._settings.max_batch_items:
+        if self._count > self._most:
             raise self._too_many()
         async with self._decoding:  # one slot and one thread for the images of the whole chunk
             items = await asyncio.to_thread(self._check, chunk)
@@ -104,8 +106,7 @@ class Intake:
                 self._refused.append(refused(index, item.custom_id, error))
 
     def _too_many(self) -> TooManyItems:
-        limit = self._settings.max_batch_items
-        return TooManyItems(f"A batch has at most {limit:,} items; send several batches.")
+        return TooManyItems(f"A batch has at most {self._most:,} items; send several batches.")
 
     def _check(self, chunk: Sequence[tuple[int, Any]]) -> list[tuple[int, BatchItem]]:
         items = []

@@ -280,6 +280,14 @@ def test_limits_hold(new_settings: Callable[..., Settings]) -> None:
         refused(response, 413, "body_too_large")
 
 
+def test_a_batch_that_will_never_have_room_is_not_told_to_come_again(
+    new_settings: Callable[..., Settings],
+) -> None:
+    with serve(new_settings(max_queued_jobs=2)) as own, own.client() as client:
+        response = client.post("/v1/batches", json={"items": [JOB] * 3})
+        assert "2 items" in refused(response, 422, "too_many_items")["detail"]
+
+
 def test_specs_that_no_worker_can_run_are_item_errors(
     service: Service, client: httpx.Client
 ) -> None:
