@@ -1,0 +1,748 @@
+"""Exact collisions at a layer that is affine in the image: a polytope of pixels, and its corners.
+
+At such a layer f'(x) = A x + b, so the images that share the target's activations f(t) there are
+exactly those that solve linear constraints. In order of use:
+
+    affine = affine_map(tap, probes)                     # once for a network and layer
+    polytope = LayerPolytope.of(affine, tap.layer.clip, source, target, budget=0.8)
+    corners = find_corners(polytope, unit_objectives(polytope, units))
+    errors = collision_error(tap, polytope, affine.images(corners))
+
+Every interpolation of corners is in the polytope too, because a polytope is convex. Pixels are
+flattened, [d] in float64, and in [0, 1].
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import highspy
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import linalg, sparse
+from torch import Tensor
+
+from core.errors import CoreError, InvalidSpec
+from core.objective import Target, residual
+from core.taps import Clip, Tap, is_affine, tappable, true_name
+
+Floats = NDArray[np.float64]
+Booleans = NDArray[np.bool_]
+
+# Weights that a linear program may have. A dense layer of 3072 pixels and 512 units has 1.6 million
+# and takes 12 s a corner; ImageNet's first convolutions have 20 to 170 million.
+NONZEROS = 2_000_000
+# The smaller of pixels and units: dense matrices of this side squared are factored, 128 MB each.
+SIDE = 4096
+# Values of f' that one forward pass of basis images makes: 32 MB.
+CHUNK = 2**22
+# HiGHS's own 1e-7 would let f' miss by more than float32 does.
+FEASIBLE = 1e-9
+# A constraint that no point of the polytope can leave by more than this is an equality.
+LOOSE, SLACK = 1e-7, 1e-4
+# Budgets nearer to the least than this leave too little for the solvers to find.
+TIGHT = 1e-6
+# How many units and pixels a conflict names.
+NAMED = 5
+
+
+class NotAffine(CoreError):
+    """The layer is not affine in the image, so its collisions are no polytope of pixels."""
+
+    code = "not_affine"
+
+
+class TooLarge(CoreError):
+    """The layer is too large for a linear program."""
+
+    code = "too_large"
+
+
+class OutOfTime(CoreError):
+    """The exact solver did not end in the time that it was given."""
+
+    code = "timeout"
+
+
+class Stopped(CoreError):
+    """The exact solver was told to stop."""
+
+    code = "stopped"
+
+
+class SolverFailed(CoreError):
+    """The exact solver found no answer that can be relied on."""
+
+    code = "solver_failed"
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A constraint that keeps the least budget up: a `unit`, (u,), or a `pixel`, (c, y, x).
+
+    `multiplier` is how much the least budget falls for each 1 by which the constraint gives way.
+    """
+
+    kind: str
+    index: tuple[int, ...]
+    multiplier: float
+
+
+class InfeasibleBudget(CoreError):
+    """No image within the budget shares the target's activations."""
+
+    code = "infeasible_budget"
+
+    def __init__(self, budget: float, least: float, conflicts: Sequence[Conflict]) -> None:
+        self._given = budget, least, conflicts
+        self.budget, self.least, self.conflicts = budget, least, list(conflicts)
+        units = ", ".join(str(c.index[0]) for c in conflicts if c.kind == "unit")
+        pixels = ", ".join(str(c.index) for c in conflicts if c.kind == "pixel")
+        enough = math.ceil((least + TIGHT) * 1e4) / 1e4
+        super().__init__(
+            f"No image whose pixels all stay within {budget:g} of the source's shares the target's "
+            f"activations at this layer; allow at least {enough:g}. "
+            f"In conflict above all: units {units} with the budget at pixels {pixels}."
+        )
+
+    def __reduce__(self) -> tuple[type["InfeasibleBudget"], tuple[Any, ...]]:
+        return type(self), self._given
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When to give up: at `deadline`, on `time.monotonic`, or as soon as `should_stop` says so."""
+
+    deadline: float = math.inf
+    should_stop: Callable[[], bool] = lambda: False
+
+    @classmethod
+    def within(cls, seconds: float, should_stop: Callable[[], bool] = lambda: False) -> Self:
+        return cls(time.monotonic() + seconds, should_stop)
+
+    def check(self) -> None:
+        """Raises OutOfTime or Stopped."""
+        if self.should_stop():
+            raise Stopped()
+        if time.monotonic() > self.deadline:
+            raise OutOfTime()
+
+
+ENDLESS = Clock()
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """f'(x) = `matrix` [U, d] x + `offset` [U], normalisation folded in; `shape` is an image's."""
+
+    matrix: sparse.csr_array
+    offset: Floats
+    shape: tuple[int, ...]
+
+    def __call__(self, pixels: Floats) -> Floats:
+        """f' [U] of `pixels` [d]."""
+        pre: Floats = self.matrix @ pixels + self.offset
+        return pre
+
+    def images(self, pixels: Floats) -> Tensor:
+        """`pixels` [K, d] as images [K, C, H, W] in float32; none leaves [0, 1]."""
+        return torch.from_numpy(pixels.astype(np.float32)).view(-1, *self.shape)
+
+
+@torch.no_grad()
+def affine_map(tap: Tap, probes: Tensor, clock: Clock = ENDLESS) -> AffineMap:
+    """The affine map from pixels to f', read off the images of a basis in float64.
+
+    `probes` [N, C, H, W] are two images or more; the map is compared with the tap on each.
+
+    Raises:
+        NotAffine: the layer is not affine in the image.
+        TooLarge: the map is too large for a linear program.
+    """
+    if not is_affine(tap, probes[:2]):
+        raise _not_affine(tap, probes)
+    shape, pixels, units = tuple(probes.shape[1:]), probes[0].numel(), tap.layer.units
+    _refuse_if_too_large(tap, probes)
+    wide = _WideTap(
+        copy.deepcopy(tap.normalize).double().cpu(),
+        copy.deepcopy(tap.network).double().cpu(),
+        tap.layer,
+        torch.float64,
+    )
+    offset = wide(torch.zeros(1, *shape, dtype=torch.float64))
+    columns = []
+    for part in torch.arange(pixels).split(max(1, CHUNK // units)):
+        clock.check()
+        basis = torch.zeros(len(part), pixels, dtype=torch.float64)
+        basis[torch.arange(len(part)), part] = 1
+        block = (wide(basis.view(-1, *shape)) - offset).numpy()
+        # What is left of a difference of equals is rounding, not a weight.
+        block[np.abs(block) < 1e-13 * np.abs(block).max(initial=1e-300)] = 0
+        columns.append(sparse.csc_array(block.T))
+    affine = AffineMap(sparse.hstack(columns).tocsr(), offset[0].numpy(), shape)
+    images = probes.double().cpu()
+    for image, pre in zip(images, wide(images).numpy(), strict=True):
+        missed = affine(image.flatten().numpy()) - pre
+        if linalg.norm(missed) > 1e-9 * linalg.norm(pre):
+            raise _not_affine(tap, probes)
+    return affine
+
+
+@dataclass(frozen=True)
+class LayerPolytope:
+    """The images that share the target's activations: `matrix` x = `limit` where `equal`, else <=.
+
+    Rows are units, [U, d] and [U]; those of saturated units (f' >= 6 of ReLU6) have changed their
+    sign. Pixels are in [`lower`, `upper`]: in [0, 1], and within the budget of the source's.
+    """
+
+    affine: AffineMap
+    matrix: sparse.csr_array
+    limit: Floats
+    equal: Booleans
+    source: Floats
+    target: Floats
+    budget: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        affine: AffineMap,
+        clip: Clip,
+        source: Tensor,
+        target: Tensor,
+        *,
+        budget: float | None = None,
+        null_space: bool = False,
+    ) -> Self:
+        """The polytope of `target` around `source`, both [C, H, W].
+
+        Units with 0 < f'(t) < 6 are active: equalities. With `null_space` every unit is one: these
+        are the collisions of Ozbulak et al. (2022), t + the null space of the matrix.
+        """
+        from_pixels, to_pixels = (i.double().cpu().flatten().numpy() for i in (source, target))
+        pre = affine(to_pixels)
+        saturated = pre >= clip.high
+        equal = np.full(len(pre), True) if null_space else (pre > 0) & ~saturated
+        sign = np.where(saturated & ~equal, -1.0, 1.0)
+        bound = np.where(equal, pre, np.where(saturated, clip.high, 0.0))
+        matrix = sparse.csr_array(sparse.diags_array(sign) @ affine.matrix)
+        limit = sign * (bound - affine.offset)
+        return cls(affine, matrix, limit, equal, from_pixels, to_pixels, budget)
+
+    def within(self, budget: float | None) -> Self:
+        """The same with another budget: how far each pixel may be from the source's."""
+        return replace(self, budget=budget)
+
+    @property
+    def lower(self) -> Floats:
+        reach = math.inf if self.budget is None else self.budget
+        return np.maximum(self.source - reach, 0)
+
+    @property
+    def upper(self) -> Floats:
+        reach = math.inf if self.budget is None else self.budget
+        return np.minimum(self.source + reach, 1)
+
+    def excess(self, pixels: Floats) -> float:
+        """How far `pixels` [d] break the worst of the constraints, in f' or pixels; 0 inside."""
+        past = self.matrix @ pixels - self.limit
+        past = np.where(self.equal, np.abs(past), past)
+        beyond = np.maximum(self.lower - pixels, pixels - self.upper)
+        return max(0.0, float(past.max()), float(beyond.max()))
+
+
+def unit_objectives(polytope: LayerPolytope, units: Sequence[tuple[int, ...]]) -> Floats:
+    """[K, d]: the sum of f' over each set of units; saturated ones with a minus, to be raised.
+
+    Raises:
+        InvalidSpec: f' of a unit is the same in all of the polytope.
+    """
+    for unit in sorted({unit for chosen in units for unit in chosen}):
+        if polytope.equal[unit]:
+            raise InvalidSpec(
+                f"Unit {unit} has the target's f' in the whole polytope, so no corner can push it "
+                "away; list inactive units."
+            )
+    rows = [polytope.matrix[list(chosen)].sum(axis=0) for chosen in units]
+    return np.asarray(rows, np.float64)
+
+
+def random_objectives(polytope: LayerPolytope, corners: int, seed: int) -> Floats:
+    """[K, d]: random directions, for a polytope in which no unit is free."""
+    return np.random.default_rng([seed, 0]).standard_normal((corners, len(polytope.source)))
+
+
+def find_corners(
+    polytope: LayerPolytope,
+    objectives: Floats,
+    *,
+    clock: Clock = ENDLESS,
+    on_corner: Callable[[int, Floats], None] = lambda index, corner: None,
+) -> Floats:
+    """The corners [K, d] where `objectives` [K, d] are least, each a vertex of the polytope.
+
+    Each is solved from the start, so that it does not depend on which others are asked for (warm
+    starts gain a fifth at most). `on_corner` gets each when found.
+
+    Raises:
+        InfeasibleBudget: the budget leaves no image.
+        OutOfTime, Stopped: as `clock` says.
+    """
+    alone = polytope.excess(polytope.target) <= FEASIBLE and _is_point(polytope, clock)
+    corners = []
+    for objective in objectives:
+        corner = polytope.target if alone else _minimise(polytope, objective, clock)
+        if polytope.excess(corner) > 10 * FEASIBLE:
+            corner = nearest(polytope, corner, clock=clock).pixels
+        corners.append(corner)
+        on_corner(len(corners) - 1, corner)
+    return np.stack(corners)
+
+
+def sweep_budgets(
+    polytope: LayerPolytope,
+    objectives: Floats,
+    budgets: Sequence[float | None],
+    *,
+    clock: Clock = ENDLESS,
+) -> Iterator[tuple[float | None, Floats | None]]:
+    """Each of `budgets` with its corners [K, d], as soon as they are known; None: too small."""
+    for budget in budgets:
+        corners = None
+        with suppress(InfeasibleBudget):
+            corners = find_corners(polytope.within(budget), objectives, clock=clock)
+        yield budget, corners
+
+
+@dataclass(frozen=True)
+class LeastBudget:
+    """The least `budget` that leaves an image, that image [d], and what keeps it so large."""
+
+    budget: float
+    pixels: Floats
+    conflicts: list[Conflict]
+
+
+def least_budget(polytope: LayerPolytope, *, clock: Clock = ENDLESS) -> LeastBudget:
+    """The least L-infinity distance of the polytope from the source; its own budget is ignored.
+
+    The least e with |x - s| <= e, by a linear program. At its solution the multipliers of the
+    constraints are an infeasibility proof of every smaller budget: those not 0 are in conflict.
+    """
+    units, pixels = polytope.matrix.shape
+    source, eye = polytope.source, sparse.eye_array(pixels)
+    e = sparse.csr_array(np.ones((pixels, 1)))
+    matrix = sparse.block_array(
+        [[polytope.matrix, sparse.csr_array((units, 1))], [eye, -e], [-eye, -e]], format="csr"
+    )
+    found, duals = _linear_program(
+        cost=np.eye(1, pixels + 1, pixels)[0],
+        matrix=matrix,
+        limit=np.concatenate([polytope.limit, source, -source]),
+        equal=np.concatenate([polytope.equal, np.full(2 * pixels, False)]),
+        lower=np.zeros(pixels + 1),
+        upper=np.ones(pixels + 1),
+        clock=clock,
+    )
+    strength = {"unit": duals[:units], "pixel": duals[units:].reshape(2, -1).sum(0)}
+    shape = {"unit": (units,), "pixel": polytope.affine.shape}
+    conflicts = []
+    for kind, values in strength.items():
+        for i in np.argsort(-np.abs(values), kind="stable")[:NAMED]:
+            if abs(values[i]) > FEASIBLE:
+                index = tuple(int(part) for part in np.unravel_index(i, shape[kind]))
+                conflicts.append(Conflict(kind, index, float(abs(values[i]))))
+    return LeastBudget(float(found[-1]), found[:-1], conflicts)
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The point `pixels` [d] of a polytope that is nearest to some image, at `distance`.
+
+    No point of the polytope is nearer than `bound`, by duality.
+    """
+
+    pixels: Floats
+    distance: float
+    bound: float
+
+
+def nearest(polytope: LayerPolytope, image: Floats, *, clock: Clock = ENDLESS) -> Nearest:
+    """The point of the polytope with the least Euclidean distance to `image` [d].
+
+    The quadratic program is solved by augmented Lagrangians, each minimised over the box of pixels
+    by projected Newton steps: 0.1 s for mnist-mlp, where HiGHS's active-set solver takes 14 s and
+    leaves f' 5e-6 off.
+
+    Raises:
+        InfeasibleBudget: the budget leaves no image.
+        OutOfTime, Stopped: as `clock` says.
+    """
+    program = _NearestProgram(polytope, image)
+    multipliers, penalty = np.zeros(len(program.limit)), 10.0
+    pixels = np.clip(image, polytope.lower, polytope.upper)
+    # No pixel can be farther: a greater bound proves that the polytope is empty.
+    farthest = linalg.norm(np.maximum(polytope.upper - image, image - polytope.lower)) + 1e-3
+    bound, excess = 0.0, math.inf
+    for _ in range(2000):  # the nearer the budget is to the least, the more
+        pixels = program.minimise(pixels, multipliers, penalty, clock)
+        multipliers = penalty * program.pull(pixels, multipliers, penalty)
+        bound = max(bound, program.bound(multipliers))
+        before, excess = excess, polytope.excess(pixels)
+        if excess < FEASIBLE:
+            return Nearest(pixels, float(linalg.norm(pixels - image)), bound)
+        if bound > farthest:
+            break
+        if excess > before / 4:
+            penalty = min(5 * penalty, 1e6)  # above it rounding stalls the Newton steps
+    _refuse_if_empty(polytope, clock)
+    raise SolverFailed("The point of the polytope nearest to an image was not found.")
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """How large a polytope of images with `pixels` pixels is: `dimension`, that of its affine hull.
+
+    `paper` is the paper's bound d - n_p, which takes equations for independent and everything else
+    for slack; `equations` is d - `rank`. Less than that it is where the inequalities leave no room:
+    `stuck_pixels` and `stuck_units` lie at their bound in the whole polytope.
+    """
+
+    pixels: int
+    active: int
+    paper: int
+    rank: int
+    equations: int
+    stuck_pixels: int
+    stuck_units: int
+    dimension: int
+
+
+def dimension(polytope: LayerPolytope, *, clock: Clock = ENDLESS) -> Dimension:
+    """The dimension of the polytope's affine hull.
+
+    Raises:
+        InfeasibleBudget: the budget leaves no image.
+        OutOfTime, Stopped: as `clock` says.
+    """
+    stuck_units, stuck_pixels = _stuck(polytope, clock)
+    pixels, active = len(polytope.source), int(polytope.equal.sum())
+    rank = _rank(polytope.matrix[polytope.equal], clock)
+    held = polytope.matrix[polytope.equal | stuck_units][:, ~stuck_pixels]
+    free = int((~stuck_pixels).sum())
+    return Dimension(
+        pixels=pixels,
+        active=active,
+        paper=pixels - active,
+        rank=rank,
+        equations=pixels - rank,
+        stuck_pixels=pixels - free,
+        stuck_units=int(stuck_units.sum()),
+        dimension=free - _rank(held, clock),
+    )
+
+
+def unbounded(
+    polytope: LayerPolytope, units: Sequence[tuple[int, ...]], *, clock: Clock = ENDLESS
+) -> list[bool]:
+    """For each set of units, whether f' would have no bound there if pixels had none.
+
+    It has none if some direction changes no equality, lets no inequality grow, and lowers f' of
+    the set: a linear program over the directions in [-1, 1].
+    """
+    ones = np.ones(len(polytope.source))
+    answers = []
+    for objective in unit_objectives(polytope, units):
+        direction, _ = _linear_program(
+            cost=objective,
+            matrix=polytope.matrix,
+            limit=np.zeros(len(polytope.limit)),
+            equal=polytope.equal,
+            lower=-ones,
+            upper=ones,
+            clock=clock,
+        )
+        # Against what the direction could do were it free: less than that is rounding.
+        answers.append(bool(objective @ direction < -1e-6 * np.abs(objective).sum()))
+    return answers
+
+
+@torch.no_grad()
+def collision_error(tap: Tap, polytope: LayerPolytope, images: Tensor) -> tuple[Floats, Floats]:
+    """How well `images` [K, C, H, W] collide with the target in the tap's own float32.
+
+    ||f(x) - f(t)|| / ||f(t)|| [K], and the greatest |f'(x) - f'(t)| over active units [K].
+    """
+    target = polytope.affine.images(polytope.target)
+    goal = Target(tap(target.to(images.device))[0], tap.layer.clip)
+    pre = tap(images)
+    off = (pre - goal.pre).abs() * torch.from_numpy(polytope.equal).to(pre.device)
+    return residual(pre, goal).double().cpu().numpy(), off.amax(1).double().cpu().numpy()
+
+
+class _Read(Exception):
+    """Ends a forward pass that need not go on."""
+
+
+class _WideTap(Tap):
+    """A tap that gives f' in float64."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+
+        def stop(pre: Tensor) -> Tensor:
+            seen.append(pre)
+            raise _Read
+
+        with suppress(_Read):
+            self._forward(images, {self.layer.call: stop})
+        return seen[0].flatten(1)
+
+
+def _not_affine(tap: Tap, probes: Tensor) -> NotAffine:
+    normalized = tap.normalize(probes[:1])
+    names = [
+        repr(true_name(tap.network, normalized, layer))
+        for layer in tappable(tap.network, normalized)
+        if is_affine(Tap(tap.normalize, tap.network, layer), probes[:2]) and layer != tap.layer
+    ]
+    advice = f"take {' or '.join(names)}" if names else "this network has no layer that is"
+    return NotAffine(
+        f"Layer {tap.layer.name!r} is not affine in the image, so its exact collisions are no "
+        f"polytope of pixels; {advice}."
+    )
+
+
+def _refuse_if_too_large(tap: Tap, probes: Tensor) -> None:
+    """Counts the weights of a few random pixels, before anything is computed."""
+    pixels, units = probes[0].numel(), tap.layer.units
+    places = torch.randint(pixels, (16,), generator=torch.Generator().manual_seed(0))
+    images = torch.zeros(len(places) + 1, pixels, device=probes.device)
+    images[torch.arange(len(places)), places] = 1
+    pre = tap(images.view(-1, *probes.shape[1:]))
+    change = (pre[:-1] - pre[-1]).abs()
+    nonzeros = int((change > 1e-5 * change.max()).sum(1).double().mean() * pixels)
+    if nonzeros > NONZEROS or min(pixels, units) > SIDE:
+        raise TooLarge(
+            f"Layer {tap.layer.name!r} maps {pixels} pixels to {units} units with about "
+            f"{nonzeros:.2g} weights, too many for a linear program (at most {NONZEROS:.2g}, and "
+            f"{SIDE} pixels or units); take a smaller network, or the optimiser."
+        )
+
+
+def _is_point(polytope: LayerPolytope, clock: Clock) -> bool:
+    """Whether the equations leave the target alone, as those of a first convolution often do."""
+    pixels = len(polytope.target)
+    if polytope.equal.sum() < pixels:
+        return False
+    return _rank(polytope.matrix[polytope.equal], clock) == pixels
+
+
+def _minimise(polytope: LayerPolytope, cost: Floats, clock: Clock) -> Floats:
+    try:
+        pixels, _ = _linear_program(
+            cost=cost,
+            matrix=polytope.matrix,
+            limit=polytope.limit,
+            equal=polytope.equal,
+            lower=polytope.lower,
+            upper=polytope.upper,
+            clock=clock,
+        )
+    except _Infeasible:
+        _refuse_if_empty(polytope, clock)
+        raise
+    return pixels
+
+
+def _refuse_if_empty(polytope: LayerPolytope, clock: Clock) -> None:
+    if polytope.budget is not None:
+        least = least_budget(polytope, clock=clock)
+        if least.budget > polytope.budget - TIGHT:
+            raise InfeasibleBudget(polytope.budget, least.budget, least.conflicts)
+
+
+class _Infeasible(SolverFailed):
+    """The linear program has no solution."""
+
+
+# Presolve saves no time here, and takes a convolution's dependent equations for a contradiction.
+# The number of threads stays HiGHS's own: it is the process's, and another one is refused.
+_SETTINGS: dict[str, Any] = {
+    "solver": "simplex",
+    "presolve": "off",
+    "parallel": "off",
+    "random_seed": 0,
+    "primal_feasibility_tolerance": FEASIBLE,
+}
+
+
+def _linear_program(
+    *,
+    cost: Floats,
+    matrix: sparse.csr_array,
+    limit: Floats,
+    equal: Booleans,
+    lower: Floats,
+    upper: Floats,
+    clock: Clock,
+) -> tuple[Floats, Floats]:
+    """The least of `cost` x with `matrix` x = `limit` where `equal`, else <=, and its multipliers.
+
+    Serial simplex from a fixed seed: the same input gives the same vertex.
+    """
+    clock.check()
+    program = highspy.HighsLp()
+    program.num_row_, program.num_col_ = matrix.shape
+    program.col_cost_, program.col_lower_, program.col_upper_ = cost, lower, upper
+    program.row_lower_, program.row_upper_ = np.where(equal, limit, -np.inf), limit
+    program.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    program.a_matrix_.start_ = matrix.indptr
+    program.a_matrix_.index_ = matrix.indices
+    program.a_matrix_.value_ = matrix.data
+    solver = highspy.Highs()  # type: ignore[no-untyped-call]
+    solver.silent()
+    for name, value in _SETTINGS.items():
+        solver.setOptionValue(name, value)
+    solver.passModel(program)
+    solver.cbSimplexInterrupt += lambda event: clock.check()  # what it raises ends the run
+    solver.run()
+    status = solver.getModelStatus()
+    if status == highspy.HighsModelStatus.kInfeasible:
+        raise _Infeasible()
+    if status != highspy.HighsModelStatus.kOptimal:
+        raise SolverFailed(f"The linear program ended as {solver.modelStatusToString(status)!r}.")
+    solution = solver.getSolution()
+    return np.clip(solution.col_value, lower, upper), np.asarray(solution.row_dual)
+
+
+class _NearestProgram:
+    """min |x - image|^2 / 2 over a polytope; its rows in unit length, so that one penalty fits."""
+
+    def __init__(self, polytope: LayerPolytope, image: Floats) -> None:
+        lengths = sparse.linalg.norm(polytope.matrix, axis=1)
+        kept = lengths > 0
+        rows = sparse.csr_array(sparse.diags_array(1 / lengths[kept]) @ polytope.matrix[kept])
+        dense = rows.nnz > 0.1 * math.prod(rows.shape)
+        self.rows: Any = rows.toarray() if dense else rows
+        self.limit, self.equal = polytope.limit[kept] / lengths[kept], polytope.equal[kept]
+        self.image, self.lower, self.upper = image, polytope.lower, polytope.upper
+
+    def pull(self, pixels: Floats, multipliers: Floats, penalty: float) -> Floats:
+        """What the penalty pulls at each row, over `penalty`."""
+        past: Floats = self.rows @ pixels - self.limit + multipliers / penalty
+        return np.where(self.equal, past, np.maximum(past, 0))
+
+    def bound(self, multipliers: Floats) -> float:
+        """The Lagrangian's least value over the box as a distance: no point is nearer."""
+        pixels = np.clip(self.image - self.rows.T @ multipliers, self.lower, self.upper)
+        squared = ((pixels - self.image) ** 2).sum()
+        squared += 2 * multipliers @ (self.rows @ pixels - self.limit)
+        return math.sqrt(max(0.0, squared))
+
+    def minimise(self, pixels: Floats, multipliers: Floats, penalty: float, clock: Clock) -> Floats:
+        """The augmented Lagrangian's minimum over the box, from `pixels`."""
+        for _ in range(200):
+            clock.check()
+            pull = self.pull(pixels, multipliers, penalty)
+            slope = pixels - self.image + penalty * (self.rows.T @ pull)
+            held = (pixels <= self.lower) & (slope > 0) | (pixels >= self.upper) & (slope < 0)
+            if np.abs(slope[~held]).max(initial=0) < 1e-11 * penalty:
+                break
+            step = np.zeros_like(pixels)
+            step[~held] = -_newton(
+                self.rows[self.equal | (pull > 0)][:, ~held], slope[~held], penalty
+            )
+            value = self._value(pixels, pull, penalty)
+            for halvings in range(30):
+                tried = np.clip(pixels + step / 2**halvings, self.lower, self.upper)
+                pull = self.pull(tried, multipliers, penalty)
+                if self._value(tried, pull, penalty) <= value - 1e-4 * slope @ (pixels - tried):
+                    break
+            else:  # as low as rounding lets it come
+                break
+            pixels = tried
+        return pixels
+
+    def _value(self, pixels: Floats, pull: Floats, penalty: float) -> float:
+        return float(((pixels - self.image) ** 2).sum() + penalty * (pull**2).sum()) / 2
+
+
+def _newton(rows: Any, slope: Floats, penalty: float) -> Floats:
+    """(1 + penalty rows^T rows)^-1 slope, by the smaller of the two Gram matrices."""
+    count, pixels = rows.shape
+    if not count:
+        return slope
+
+    if count < pixels:
+        inner = _dense(rows @ rows.T) + np.eye(count) / penalty
+        return np.asarray(slope - rows.T @ linalg.solve(inner, rows @ slope, assume_a="pos"))
+    outer = penalty * _dense(rows.T @ rows) + np.eye(pixels)
+    return np.asarray(linalg.solve(outer, slope, assume_a="pos"))
+
+
+def _stuck(polytope: LayerPolytope, clock: Clock) -> tuple[Booleans, Booleans]:
+    """Which inactive or saturated units [U], and which pixels [d], have no slack anywhere.
+
+    The sum of their slacks is greatest at 0 only if all of them are stuck. What is loose there is
+    struck off, until nothing is. A slack counts to `SLACK` alone, so that many are loose at once.
+    """
+    units, pixels = polytope.matrix.shape
+    eye = sparse.eye_array(pixels)
+    matrix = sparse.vstack([polytope.matrix, -eye, eye], format="csr")
+    limit = np.concatenate([polytope.limit, -polytope.lower, polytope.upper])
+    every = np.arange(len(limit)) < units
+    equal = np.concatenate([polytope.equal, np.full(2 * pixels, False)])
+    # Most constraints are loose near the middle of the box, which spares linear programs.
+    point = nearest(polytope, (polytope.lower + polytope.upper) / 2, clock=clock).pixels
+    stuck = ~equal & (limit - matrix @ point <= LOOSE)
+    while stuck.any():
+        rows, count = every | stuck, int(stuck.sum())
+        slack = sparse.eye_array(len(limit), format="csr")[rows][:, stuck]
+        found, _ = _linear_program(
+            cost=np.concatenate([np.zeros(pixels), -np.ones(count)]),
+            matrix=sparse.hstack([matrix[rows], slack], format="csr"),
+            limit=limit[rows],
+            equal=equal[rows],
+            lower=np.concatenate([polytope.lower, np.zeros(count)]),
+            upper=np.concatenate([polytope.upper, np.full(count, SLACK)]),
+            clock=clock,
+        )
+        loose = stuck & (limit - matrix @ found[:pixels] > LOOSE)
+        if not loose.any():
+            break
+        stuck &= ~loose
+    in_units, low, high = np.split(stuck, [units, units + pixels])
+    return in_units, low | high
+
+
+def _rank(matrix: sparse.csr_array, clock: Clock) -> int:
+    """The rank, from the singular values of the triangle that QR leaves of blocks of rows.
+
+    The Gram matrix has their squares, which tell full rank much sooner where it is beyond doubt.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        matrix = sparse.csr_array(matrix.T)
+    rows, side = matrix.shape
+    clock.check()
+    if side:
+        squares = linalg.eigvalsh(_dense(matrix.T @ matrix))
+        if squares[0] > 1e-8 * squares[-1]:
+            return side
+    triangle = np.zeros((0, side))
+    for start in range(0, rows, SIDE):
+        clock.check()
+        block = np.vstack([triangle, _dense(matrix[start : start + SIDE])])
+        triangle = np.asarray(np.linalg.qr(block, mode="r"))
+    values = linalg.svdvals(triangle) if triangle.size else np.zeros(1)
+    return int((values > values[0] * max(rows, side) * np.finfo(np.float64).eps).sum())
+
+
+def _dense(matrix: Any) -> Floats:
+    return np.asarray(matrix if isinstance(matrix, np.ndarray) else matrix.toarray())
