@@ -19,10 +19,15 @@ Arrays = dict[str, NDArray[Any]]
 def encode(done: Job, outcome: Outcome) -> dict[str, bytes]:
     """The files of `outcome` by name; the same outcome gives the same bytes.
 
-    `corner-<k>.png`, `corners.npz`, and `samples.npz` and `snapshots.npz` where there are any.
+    `corner-<k>.png`, `corners.npz`, and `worst.png`, `samples.npz` and `snapshots.npz` where there
+    are any.
     """
     files = {f"corner-{k}.png": images.to_png(corner) for k, corner in enumerate(outcome.corners)}
-    files["corners.npz"] = to_npz({"corners": outcome.corners})
+    arrays = {"corners": outcome.corners}
+    if outcome.worst is not None:
+        arrays["worst"] = outcome.worst
+        files["worst.png"] = images.to_png(outcome.worst)
+    files["corners.npz"] = to_npz(arrays)
     if outcome.samples:
         files["samples.npz"] = to_npz(_samples(outcome.samples))
     if done.group.snapshots.values:
@@ -33,10 +38,11 @@ def encode(done: Job, outcome: Outcome) -> dict[str, bytes]:
 def pictures(done: Job, outcome: Outcome) -> Callable[[], dict[str, bytes]]:
     """What draws `outcome` when it is called, here or in another process: PNG files by name.
 
-    `figure.png`, `curves.png`, and `snapshots.png` where there are any.
+    `figure.png`, and where there are any, `curves.png`, `hull.png` and `snapshots.png`.
     """
     from core import figures  # matplotlib takes half a second to import
 
+    samples = outcome.samples
     return partial(
         figures.draw,
         done.source.pixels,
@@ -44,6 +50,7 @@ def pictures(done: Job, outcome: Outcome) -> Callable[[], dict[str, bytes]]:
         outcome.corners,
         outcome.result,
         figures.Course.of(done.group),
+        (samples.weights, samples.floats.probability) if samples else None,
     )
 
 

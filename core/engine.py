@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core.errors import CoreError, UnknownName
+from core.hull import Hull, ascend
 from core.objective import Losses, RowTensors
 from core.parametrize import Bounds, Pixels
 from core.spec import CollisionSpec
@@ -77,7 +78,9 @@ class Group:
     `score` [K], the larger of L_pos and violation over their thresholds: below 1 a row has
     converged. `latest` [K, 2] is L_pos and violation at the last check, NaN once retired; `curves`
     notes them and `snapshots` the images along the way.
-    Rows of a `coupled` group retire together.
+
+    Rows of a group with a `hull` share one score and end together: while the worst of them, or of
+    the points between them, is above a threshold that is its score, then what the spread lacks.
     """
 
     key: str
@@ -86,7 +89,7 @@ class Group:
     losses: Losses
     l_pos_threshold: float
     violation_threshold: float = math.inf
-    coupled: bool = False
+    hull: Hull | None = None
 
     age: int = 0
     seconds: float = 0.0
@@ -141,6 +144,16 @@ class _Rows(RowTensors):
     losses: Losses
 
 
+@dataclass
+class _Points:
+    """Points between the corners of `group`, which lie at `where`: their weights [P, K]."""
+
+    group: Group
+    hull: Hull
+    where: slice
+    weights: Tensor
+
+
 class Engine:
     """Steps any number of groups that share a batch key through one `tap`.
 
@@ -171,6 +184,7 @@ class Engine:
         self._owner: Integers = np.empty(0, np.int64)
         self._corner: Integers = np.empty(0, np.int64)
         self._rows: _Rows
+        self._points: list[_Points] = []
 
     @property
     def groups(self) -> list[Group]:
@@ -200,10 +214,12 @@ class Engine:
         company = list(self._groups)
         with matmul_precision(tf32=self.tf32):
             if self._groups:
+                self._draw_points()
                 leaf, pre = self._forward()
                 if self._check(pre.detach()):
                     self._retire()
                     if self._groups:
+                        self._draw_points()
                         leaf, pre = self._forward()
             if self._groups:
                 self._stride(leaf, pre)
@@ -327,16 +343,45 @@ class Engine:
             losses=group.losses,
         )
 
+    def _draw_points(self) -> None:
+        self._points = []
+        for group, where in self._places():
+            if group.hull:
+                weights = group.hull.weights(group.age, where.stop - where.start)
+                weights = weights.to(self._rows.parameters)
+                self._points.append(_Points(group, group.hull, where, weights))
+
     def _forward(self) -> tuple[Tensor, Tensor]:
+        """The parameters, and f' of all rows and, behind them, of the points between them."""
         leaf = self._rows.parameters.detach().requires_grad_()
-        return leaf, self.tap(self.parametrization.images(leaf))
+        images = self.parametrization.images(leaf)
+        if not self._points:
+            return leaf, self.tap(images)
+        between = []
+        for points in self._points:
+            points.weights = points.weights.detach().requires_grad_(points.hull.seeks)
+            between.append(torch.tensordot(points.weights, images[points.where], dims=1))
+        missing = _missing(sum(map(len, between)), images)
+        between.append(images[:1].detach().expand(missing, *images.shape[1:]))
+        return leaf, self.tap(torch.cat([images, *between]))
+
+    def _between(self, pre: Tensor) -> Iterator[tuple[_Points, Tensor]]:
+        """Each group's points with their part of `pre`."""
+        start = len(self._rows.score)
+        for points in self._points:
+            yield points, pre[start : start + len(points.weights)]
+            start += len(points.weights)
 
     @torch.no_grad()
     def _check(self, pre: Tensor) -> bool:
         """Keeps the best states, notes the curves, ends rows; whether any row ended."""
         rows = self._rows
-        losses = torch.stack([rows.losses.l_pos(pre), rows.losses.violation(pre)], 1)
-        score = (losses / rows.thresholds).amax(1)
+        losses, score = _scores(rows.losses, pre[: len(rows.score)], rows.thresholds)
+        for points, part in self._between(pre):
+            worst = self._worst(points, pre, part)
+            spread = points.hull.spread(rows.parameters[points.where])
+            lacking = 1 - spread / points.hull.settings.goal
+            score[points.where] = torch.where(worst < 1, lacking, worst)
         better = score < rows.score  # false for NaN
         best = torch.where(better, score, rows.score)
         kept = torch.where(_each_image(better, rows.kept), rows.parameters, rows.kept)
@@ -346,6 +391,14 @@ class Engine:
         # Last: had anything failed, the same states would have to be found better again.
         rows.score, rows.kept = best, kept
         return any(ended)
+
+    def _worst(self, points: _Points, pre: Tensor, part: Tensor) -> Tensor:
+        """The largest loss over its threshold, of corners and the points between them."""
+        where = points.where
+        thresholds = self._rows.thresholds[where]
+        _, corners = _scores(self._rows.losses.select(where), pre[where], thresholds)
+        _, between = _scores(points.hull.losses, part, thresholds[:1])
+        return torch.cat([corners, between]).max()
 
     def _judge(self, group: Group, where: slice, table: Floats) -> bool:
         corner = self._corner[where]
@@ -357,15 +410,18 @@ class Engine:
         group.curves.note(group.age, lambda: torch.from_numpy(group.latest))
         group.snapshots.note(group.age, lambda: self._images(group, where))
         late = group.age >= group.spec.max_steps, group.seconds >= group.spec.max_seconds
+        enough = score < (0 if group.hull else 1)
+        in_time = group.hull is not None and any(late) & group.converged[corner]
         reason = np.select(
-            [score < 1, ~np.isfinite(score), *(np.full(len(score), is_late) for is_late in late)],
-            [CONVERGED, DIVERGED, MAX_STEPS, MAX_SECONDS],
+            [
+                enough,
+                ~np.isfinite(score),
+                in_time,
+                *(np.full(len(score), is_late) for is_late in late),
+            ],
+            [CONVERGED, DIVERGED, CONVERGED, MAX_STEPS, MAX_SECONDS],
             RUNNING,
         )
-        if group.coupled and (reason == DIVERGED).any():
-            reason[reason != DIVERGED] = STOPPED
-        elif group.coupled and (reason == RUNNING).any():
-            reason[:] = RUNNING
         group.reason[corner] = reason
         return not group.running[corner].all()
 
@@ -437,7 +493,7 @@ class Engine:
         self, leaf: Tensor, pre: Tensor, rate: Tensor, epsilon: Tensor, bounds: Bounds | None
     ) -> None:
         rows = self._rows
-        (gradient,) = torch.autograd.grad(pre, leaf, rows.losses.gradient(pre.detach()))
+        gradient = self._gradient(leaf, pre)
         mean, square = DECAYS[self.optimizer]
         direction = rows.mean.lerp_(gradient, 1 - mean) if mean else gradient
         if square:
@@ -446,6 +502,27 @@ class Engine:
         rows.parameters.addcmul_(rate, direction, value=-1)
         if bounds:
             self.parametrization.project_(rows.parameters, bounds)
+
+    def _gradient(self, leaf: Tensor, pre: Tensor) -> Tensor:
+        """d loss / d parameters [R, C, H, W]; points that seek the worst move on."""
+        losses = self._rows.losses
+        if not self._points:
+            (gradient,) = torch.autograd.grad(pre, leaf, losses.gradient(pre.detach()))
+            return gradient
+        found = pre.detach()
+        inside = [points.hull.losses.gradient(part) for points, part in self._between(found)]
+        away = torch.cat([losses.gradient(found[: len(leaf)]), *inside])
+        away = torch.cat([away, away.new_zeros(len(found) - len(away), away.shape[1])])
+        seeking = [points for points in self._points if points.hull.seeks]
+        gradient, *rising = torch.autograd.grad(pre, [leaf, *(p.weights for p in seeking)], away)
+        for points, rise in zip(seeking, rising, strict=True):
+            points.weights = ascend(points.weights, rise)
+        for points, part in self._between(found):
+            worst = self._worst(points, found, part)
+            corners, group = leaf.detach()[points.where], points.group
+            drive = points.hull.drive(corners, group.source, group.age, worst)
+            gradient[points.where] += drive
+        return gradient
 
 
 def _restore(group: Group, rows: _Rows, state: Mapping[str, Tensor]) -> None:
@@ -476,9 +553,20 @@ def _restore(group: Group, rows: _Rows, state: Mapping[str, Tensor]) -> None:
 
 def _filled(rows: _Rows, chosen: Integers) -> _Rows:
     """The `chosen` rows, filled up with copies of the first of them where images are small."""
-    missing = -len(chosen) % FILL if rows.parameters[0].numel() <= SMALL_IMAGE else 0
+    missing = _missing(len(chosen), rows.parameters)
     index = np.append(chosen, np.full(missing, chosen[0]))
     return rows.select(_index(index, rows))
+
+
+def _scores(losses: Losses, pre: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """L_pos and violation [R, 2] of `pre`, and the larger of them over its threshold [R]."""
+    both = torch.stack([losses.l_pos(pre), losses.violation(pre)], 1)
+    return both, (both / thresholds).amax(1)
+
+
+def _missing(count: int, images: Tensor) -> int:
+    """Fillers for so many rows like `images` [R, C, H, W]."""
+    return -count % FILL if images[0].numel() <= SMALL_IMAGE else 0
 
 
 def _index(places: Integers, rows: _Rows) -> Tensor:

@@ -19,12 +19,13 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from core.images import to_8bit
-from core.result import CornerResult, Result
+from core.result import CornerResult, Result, claims
 
 if TYPE_CHECKING:
     from core.engine import Group
 
 Pixels = NDArray[np.floating[Any]]
+Numbers = NDArray[np.floating[Any]]
 
 DPI = 72  # a point is a pixel, so every length below is in pixels
 FONT, LINE, LETTER = 13, 18, 7.2  # size, height of a line, width of an average letter
@@ -32,6 +33,7 @@ MIN_WIDTH, MAX_WIDTH, MAX_PITCH = 1000, 1600, 280
 MAX_HEIGHT = 1440  # of the images alone
 MARGIN, APART, GAP = 20, 36, 14
 CURVES_SIZE = 1400, 500
+HULL_SIZE = 900, 780
 CORNERS_SHOWN, CORNER_COLUMNS = 32, 6
 SNAPSHOT_ROWS, SNAPSHOT_COLUMNS = 8, 7
 LETTERS = 24  # in a line of a corner's cell, at 8 cells across
@@ -86,13 +88,22 @@ class Course:
 
 
 def draw(
-    source: Pixels, target: Pixels, corners: Pixels, result: Result, course: Course
+    source: Pixels,
+    target: Pixels,
+    corners: Pixels,
+    result: Result,
+    course: Course,
+    sampled: tuple[Numbers, Numbers] | None,
 ) -> dict[str, bytes]:
-    """All pictures of a result, by the names of their files."""
-    pictures = {
-        "figure.png": draw_result(source, target, corners, result),
-        "curves.png": draw_curves(course, result),
-    }
+    """All pictures of a result, by the names of their files.
+
+    `sampled` are the weights [N, K] of points of the polytope, and their probabilities [N].
+    """
+    pictures = {"figure.png": draw_result(source, target, corners, result)}
+    if course.curve_steps:
+        pictures["curves.png"] = draw_curves(course, result)
+    if sampled and len(corners) > 1:
+        pictures["hull.png"] = draw_hull(*sampled, result)
     if course.snapshot_steps:
         pictures["snapshots.png"] = draw_snapshots(source, target, course, corners)
     return pictures
@@ -173,6 +184,46 @@ def draw_curves(course: Course, result: Result) -> bytes:
     return _png(figure)
 
 
+def draw_hull(weights: Numbers, probability: Numbers, result: Result) -> bytes:
+    """The polytope in the plane, its K corners on a circle: each point lies where its weights [K]
+    put it, coloured by the probability [N] of the target's class; the worst point, and the proof.
+    """
+    angles = np.pi / 2 - 2 * np.pi * np.arange(weights.shape[1]) / weights.shape[1]
+    places = np.stack([np.cos(angles), np.sin(angles)], 1)  # [K, 2]
+    figure = Figure((HULL_SIZE[0] / DPI, HULL_SIZE[1] / DPI))
+    axes = figure.add_axes((0.06, 0.17, 0.74, 0.81), xlim=(-1.25, 1.25), ylim=(-1.1, 1.25))
+    axes.set_aspect("equal")
+    axes.axis("off")
+    axes.fill(*places.T, facecolor="none", edgecolor=RULE_COLOUR, linewidth=2)
+    order = np.argsort(-probability, kind="stable")  # the least of all on top
+    x, y = (weights[order] @ places).T
+    shown = axes.scatter(x, y, c=probability[order], s=14, cmap="viridis", vmin=0, vmax=1)
+    for k, place in enumerate(places[:CORNERS_SHOWN]):
+        axes.annotate(f"corner {k}", place, 1.14 * place, ha="center", va="center", fontsize=FONT)
+    if worst := result.worst:
+        x, y = np.array(worst.weights) @ places
+        axes.scatter(x, y, marker="*", s=320, color=TARGET_COLOUR, edgecolor="white", zorder=4)
+        axes.annotate("worst", (x, y), (0, 12), textcoords="offset points", fontsize=FONT)
+    bar = figure.colorbar(shown, cax=figure.add_axes((0.85, 0.22, 0.025, 0.7)))
+    bar.set_label("probability of the target's class", fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT)
+    letters = int((HULL_SIZE[0] - 2 * MARGIN) / LETTER)
+    lines = [line for text in _claims(result) for line in textwrap.wrap(text, letters)]
+    for i, line in enumerate(lines):
+        y = 0.16 - LINE * (i + 1) / HULL_SIZE[1]
+        figure.text(MARGIN / HULL_SIZE[0], y, line, parse_math=False, fontsize=FONT)
+    return _png(figure)
+
+
+def _claims(result: Result) -> list[str]:
+    """What a result says of all points between its corners."""
+    lines = [f"{name}: {text}." for name, text in claims(result)]
+    if inside := result.interpolation:
+        share = _with_interval(inside.accuracy, inside.accuracy_interval)
+        lines.insert(0, f"Sampled: {share} of {inside.samples:,} points have the target's class.")
+    return lines
+
+
 def _scale(axes: Axes, values: NDArray[np.float64]) -> None:
     """A logarithmic axis of whole decades around `values`, with a place for 0 if one of them is."""
     positive = values[np.isfinite(values) & (values > 0)]
@@ -216,7 +267,7 @@ def _findings(result: Result) -> list[str]:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in failed.items())
         status += f", those with * did not ({reasons})"
     lines = [
-        f"{spec.model}, {spec.layer}: {status}; {result.steps:,} steps at most.",
+        f"{spec.model}, {spec.layer}: {status}; {result.steps:,} steps.",
         f"Spread {polytope.spread:.3g}: corners lie {polytope.mean_pairwise_distance:.2f} apart on "
         f"average, {polytope.natural_distance_of} {polytope.natural_distance:.2f}.",
     ]
@@ -230,7 +281,8 @@ def _findings(result: Result) -> list[str]:
             f"for the target's class; {rounded} once rounded to 8 bits."
         )
     explained = "ΔS, ΔT: Euclidean distance to source and target, pixels in [0, 1]."
-    return [*lines, explained, *result.warnings]
+    claimed = [f"{name}: {text}." for name, text in claims(result)]
+    return [*lines, *claimed, explained, *result.warnings]
 
 
 def _shown(shown: Sized, corners: Sized) -> str:

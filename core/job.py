@@ -14,12 +14,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core import images, interpolate, models
-from core.engine import REASONS, Engine, Group
+from core import certify, exact, images, interpolate, models
+from core.engine import CONVERGED, REASONS, Engine, Group
 from core.errors import InvalidSpec, UnknownName
+from core.hull import Hull
 from core.models import Model
 from core.objective import Losses, Target, l_neg, l_pos, residual, violation
-from core.result import CornerResult, LayerResult, Provenance, Result, Seen
+from core.result import (
+    Certificate,
+    CornerResult,
+    Exact,
+    LayerResult,
+    Provenance,
+    Result,
+    Seen,
+    Worst,
+)
 from core.spec import CollisionSpec, Relative, Threshold
 from core.taps import (
     Tap,
@@ -103,15 +113,20 @@ class Job:
     seen_source: Seen
     seen_target: Seen
     group: Group
+    polytope: exact.LayerPolytope | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A result and the arrays behind it: `corners` [K, C, H, W] in float32, and raw `samples`."""
+    """A result and the arrays behind it: `corners` [K, C, H, W] in float32, and raw `samples`.
+
+    `worst` [C, H, W] is the image of the polytope's worst point, where that was looked for.
+    """
 
     result: Result
     corners: NDArray[np.float32]
     samples: interpolate.Samples | None
+    worst: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True)
@@ -180,10 +195,13 @@ def prepare(
 ) -> Job:
     """Checks the images and settings against the network and builds the engine's group.
 
+    A job for the exact solver needs no engine, and passes through one at once.
+
     Raises:
         InvalidSpec: the images are the same, the target is not of the class that the spec names,
             the units do not fit the target, or the network gives numbers that are not finite.
         UnknownName: the spec names a class that the network does not have.
+        NotAffine, TooLarge: the exact solver cannot take the layer.
     """
     tap = subject.tap
     pair = torch.from_numpy(np.stack([source.pixels, target.pixels])).to(subject.device)
@@ -222,21 +240,32 @@ def prepare(
         spec=spec,
         source=pair[0],
         losses=losses,
+        hull=_hull(subject, spec, goal) if spec.objective == "hull" else None,
         l_pos_threshold=_absolute(spec.l_pos_threshold, goal),
         violation_threshold=_absolute(spec.violation_threshold, goal),
     )
-    return Job(spec, source, target, goal, units, seen_source, seen_target, group)
+    polytope = None
+    if spec.solver == "exact":
+        affine = exact.affine_map(tap, pair)
+        polytope = exact.LayerPolytope.of(affine, tap.layer.clip, *pair, budget=spec.source_budget)
+        group.score[:], group.reason[:] = 0.0, CONVERGED
+    return Job(spec, source, target, goal, units, seen_source, seen_target, group, polytope)
 
 
 @matmul_precision(tf32=False)
 def measure(subject: Subject, job: Job, on_chunk: Callable[[], None] = lambda: None) -> Outcome:
     """Measures the corners that the engine found, and the polytope between them.
 
-    `on_chunk` is called between forward passes, for whoever watches whether this goes on.
+    The exact solver's are found first. `on_chunk` is called between forward passes, for whoever
+    watches whether this goes on.
+
+    Raises:
+        InfeasibleBudget, OutOfTime, SolverFailed: as `exact.find_corners` does.
     """
+    solved = _solve(subject, job, on_chunk) if job.polytope else None
     began = time.perf_counter()
     spec, goal, label, corners = job.spec, job.goal, job.seen_target.label, job.group.corners
-    samples, interpolation, ball = None, None, None
+    samples, interpolation, ball, worst = None, None, None, None
     if spec.interpolation.samples:
         rng = np.random.default_rng([spec.seed, 1])
         sampler = spec.interpolation.sampler
@@ -259,10 +288,20 @@ def measure(subject: Subject, job: Job, on_chunk: Callable[[], None] = lambda: N
             seed=spec.seed,
             on_chunk=on_chunk,
         )
+    if spec.worst_starts:
+        worst = certify.worst_point(
+            subject.tap,
+            corners,
+            label,
+            starts=spec.worst_starts,
+            seed=spec.seed,
+            mixes=subject.mixes,
+            on_step=on_chunk,
+        )
     corner_results = _corner_results(subject, job)
     result = Result(
         converged=bool(job.group.converged.all()),
-        steps=int(job.group.steps.max()),
+        steps=min(job.group.age, spec.max_steps),
         seconds=job.group.seconds,
         measuring_seconds=0.0,
         cut=subject.cut,
@@ -280,10 +319,18 @@ def measure(subject: Subject, job: Job, on_chunk: Callable[[], None] = lambda: N
         polytope=interpolate.measure_polytope(corners, subject.natural),
         interpolation=interpolation,
         ball=ball,
+        worst=_worst(subject, label, worst) if worst else None,
+        certificate=_certify(subject, job, worst, on_chunk) if spec.certify else None,
+        exact=solved,
         provenance=_provenance(subject, job),
     )
     seconds = {"measuring_seconds": time.perf_counter() - began}
-    return Outcome(result.model_copy(update=seconds), corners.cpu().numpy(), samples)
+    return Outcome(
+        result.model_copy(update=seconds),
+        corners.cpu().numpy(),
+        samples,
+        worst.image.cpu().numpy() if worst else None,
+    )
 
 
 def run(
@@ -305,6 +352,106 @@ def run(
             break
     on_progress(job.group)
     return job, measure(subject, job)
+
+
+def _hull(subject: Subject, spec: CollisionSpec, goal: Target) -> Hull:
+    """Points between corners push no unit away, and together weigh as much as the corners."""
+    count, beta = spec.hull.points, _beta(spec, goal)
+    none = torch.zeros(count, len(goal.pre), dtype=torch.bool, device=goal.pre.device)
+    share = spec.corners / count
+    losses = Losses.of_corners(
+        goal, none, alpha=share * spec.alpha, beta=share * beta, negative=spec.negative
+    )
+    return Hull(
+        settings=spec.hull,
+        losses=losses,
+        natural=subject.natural[0],
+        energy=spec.alpha * goal.energy,
+        seed=spec.seed,
+        max_steps=spec.max_steps,
+    )
+
+
+def _solve(subject: Subject, job: Job, on_chunk: Callable[[], None]) -> Exact:
+    """Gives `job` the corners of its polytope."""
+    assert job.polytope
+    assert job.units
+    began = time.perf_counter()
+    watch = _Watch(on_chunk)
+    clock = exact.Clock.within(job.spec.max_seconds, watch)
+    polytope, group = job.polytope, job.group
+    try:
+        objectives = exact.unit_objectives(polytope, job.units)
+        corners = exact.find_corners(polytope, objectives, clock=clock)
+        size = exact.dimension(polytope, clock=clock)
+        unbounded = exact.unbounded(polytope, job.units, clock=clock)
+        to_source, to_target = (
+            exact.nearest(polytope, image, clock=clock).distance
+            for image in (polytope.source, polytope.target)
+        )
+    except exact.Stopped:
+        raise watch.error or exact.Stopped() from None
+    group.corners = polytope.affine.images(corners).to(group.corners)
+    group.seconds = time.perf_counter() - began
+    errors, _ = exact.collision_error(subject.tap, polytope, group.corners)
+    return Exact(
+        source_budget=polytope.budget,
+        dimension=size.dimension,
+        dimension_paper=size.paper,
+        unbounded=unbounded,
+        least_distance_to_source=to_source,
+        least_distance_to_target=to_target,
+        collision_error=float(errors.max()),
+    )
+
+
+class _Watch:
+    """Asks `on_chunk` in the middle of the solver, which takes a boolean and no exception."""
+
+    def __init__(self, on_chunk: Callable[[], None]) -> None:
+        self._on_chunk = on_chunk
+        self.error: BaseException | None = None
+
+    def __call__(self) -> bool:
+        try:
+            self._on_chunk()
+        except BaseException as error:
+            self.error = error
+            return True
+        return False
+
+
+def _worst(subject: Subject, label: int, found: certify.WorstPoint) -> Worst:
+    """A worst point, beside what its 8-bit image is taken for."""
+    _, logits = interpolate.observe(subject.tap, interpolate.to_8bit_(found.image[None].clone()))
+    return Worst(
+        weights=found.weights.tolist(),
+        margin=found.margin,
+        probability=found.probability,
+        label=found.label,
+        class_=subject.model.classes[found.label],
+        margin_8bit=float(certify.margins_of(logits, label)),
+        probability_8bit=float(interpolate.probability_of(label, logits)),
+        label_8bit=int(logits.argmax()),
+    )
+
+
+def _certify(
+    subject: Subject, job: Job, worst: certify.WorstPoint | None, on_chunk: Callable[[], None]
+) -> Certificate:
+    asked, corners = job.spec.certify, job.group.corners
+    assert asked
+    found = certify.certify(
+        subject.tap,
+        interpolate.to_8bit_(corners.clone()) if asked.hull == "8bit" else corners,
+        job.seen_target.label,
+        candidate=worst.weights if worst else None,
+        max_seconds=asked.seconds,
+        max_subsimplices=asked.subsimplices,
+        on_step=on_chunk,
+    )
+    weights = None if found.weights is None else found.weights.tolist()
+    return Certificate(hull=asked.hull, **{**vars(found), "weights": weights})
 
 
 def _chosen(units: list[tuple[int, ...]], goal: Target) -> Tensor:
@@ -346,6 +493,11 @@ def _check_class(model: Model, wanted: str, seen: Seen) -> None:
 
 def _warnings(subject: Subject, job: Job) -> list[str]:
     warnings = []
+    if job.seen_source.label == job.seen_target.label:
+        warnings.append(
+            f"The network takes the source for {job.seen_source.class_!r} already, as it does the "
+            "target: that corners and mixtures have that class shows nothing."
+        )
     if not subject.cut:
         warnings.append(
             f"Layer {subject.tap.layer.name!r} is no cut: other paths lead around it, so sharing "

@@ -81,7 +81,7 @@ def residual(pre: Tensor, target: Target) -> Tensor:
 class RowTensors:
     """A dataclass whose tensors all have one entry a row, [R, ...]; what is no tensor is shared."""
 
-    def select(self, rows: Tensor) -> Self:
+    def select(self, rows: Tensor | slice) -> Self:
         changed: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)

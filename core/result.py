@@ -5,6 +5,7 @@ the network gives it to the image in question; `*_8bit` is measured on images ro
 a user downloads them.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -42,7 +43,7 @@ class CornerResult(_Model):
     l_neg: float
     violation: float = Field(description="Sum of squares of what reaches past an inactive bound.")
     relative_residual: float = Field(description="||f(x) - f(t)|| / ||f(t)||")
-    steps: int
+    steps: int = Field(description="To the state that is kept, the best one seen.")
     converged: bool
     reason: Literal["converged", "max_steps", "max_seconds", "diverged", "stopped"]
     label: int
@@ -98,6 +99,56 @@ class Ball(_Model):
     accuracy_interval: tuple[float, float]
 
 
+class Worst(_Model):
+    """The point of the polytope with the least margin that a search has found.
+
+    The margin is the logit of the target's class minus the greatest other one: negative where the
+    network takes the point for something else. `*_8bit` is of that image, rounded.
+    """
+
+    weights: list[float] = Field(description="Of the corners; they add up to 1.")
+    margin: float
+    probability: float
+    label: int
+    class_: str = Field(alias="class")
+    margin_8bit: float
+    probability_8bit: float
+    label_8bit: int
+
+
+class Certificate(_Model):
+    """What is proved of all infinitely many points between the corners of `hull`.
+
+    `certified`: each has the target's class, by a margin of at least `bound`. `refuted`: the
+    mixture `weights` has not. `unknown`: for `reason`. The proof is of the network in exact
+    arithmetic; evaluated in float32, its logits are nowhere off by more than `float32_error`.
+    """
+
+    outcome: Literal["certified", "refuted", "unknown"]
+    hull: Literal["float", "8bit"] = Field(description="Of the float corners or of the 8-bit ones.")
+    bound: float | None = Field(description="Below every margin; null where not even that is.")
+    certified_fraction: float = Field(description="Of the hull's volume.")
+    subsimplices: int = Field(description="Into which the hull was cut for it.")
+    seconds: float
+    weights: list[float] | None
+    reason: str | None
+    float32_error: float | None
+
+
+class Exact(_Model):
+    """The polytope of pixels that share the target's activations, and what is least in it."""
+
+    source_budget: float | None
+    dimension: int = Field(description="Of its affine hull.")
+    dimension_paper: int = Field(description="The paper's d - n_p.")
+    unbounded: list[bool] = Field(
+        description="Of each corner's unit: whether it had no bound if pixels had none."
+    )
+    least_distance_to_source: float
+    least_distance_to_target: float
+    collision_error: float = Field(description="The corners' largest ||f(x) - f(t)|| / ||f(t)||.")
+
+
 class Provenance(_Model):
     versions: dict[str, str]
     weights: str
@@ -113,7 +164,7 @@ class Provenance(_Model):
 class Result(_Model):
     schema_version: Literal[1] = 1
     converged: bool = Field(description="Every corner is under its thresholds.")
-    steps: int = Field(description="Of the corner that took the most.")
+    steps: int = Field(description="Taken until the last corner ended.")
     seconds: float = Field(description="Of the optimisation, company included.")
     measuring_seconds: float
     cut: bool = Field(description="Whether the layer's activations decide the logits.")
@@ -126,4 +177,35 @@ class Result(_Model):
     polytope: Polytope
     interpolation: InterpolationResult | None
     ball: Ball | None
+    worst: Worst | None
+    certificate: Certificate | None
+    exact: Exact | None
     provenance: Provenance
+
+
+def claims(result: Result) -> Iterator[tuple[str, str]]:
+    """What a result says of all points between its corners, beyond samples: name and sentence."""
+    if worst := result.worst:
+        kept = worst.label == result.target.label
+        taken = "still the target's class" if kept else f"taken for {worst.class_}, a violation"
+        kept_8bit = worst.label_8bit == result.target.label
+        rounded = "" if kept_8bit == kept else ", another class" if kept else ", the target's class"
+        yield (
+            "Worst point found",
+            f"margin {worst.margin:.3g}, {taken}; in 8 bits {worst.margin_8bit:.3g}{rounded}",
+        )
+    if proof := result.certificate:
+        of = "8-bit corners" if proof.hull == "8bit" else "float corners"
+        told = f"{proof.certified_fraction:.1%} of the hull of the {of}; {proof.reason}"
+        if proof.outcome == "certified":
+            told = f"every point between the {of} has a margin of at least {proof.bound:.3g}"
+        elif proof.outcome == "refuted":
+            told = f"a point between the {of} has another class"
+        yield "Proof", f"{proof.outcome}: {told}".rstrip(".")
+    if exact := result.exact:
+        yield (
+            "Exact polytope",
+            f"dimension {exact.dimension} (the paper's d - n_p: {exact.dimension_paper}); least "
+            f"distance to source {exact.least_distance_to_source:.2f}, to target "
+            f"{exact.least_distance_to_target:.2f}; collision error {exact.collision_error:.1e}",
+        )

@@ -53,6 +53,42 @@ class Interpolation(Strict):
     )
 
 
+class Hull(Strict):
+    """How the whole hull of the corners is optimised, where `objective` is `hull`.
+
+    The other terms are weighed against alpha L_pos in units of the target's feature energy.
+    """
+
+    points: int = Field(
+        5, ge=1, le=64, description="Points between the corners that have to collide, too."
+    )
+    sampling: Literal["uniform", "worst"] = Field(
+        "uniform",
+        description="The points are drawn afresh every 10 steps, uniformly; `worst` ones move from "
+        "there to where they collide least.",
+    )
+    diversity: Weight = Field(1.0, description="Weight of the spread.")
+    goal: float = Field(
+        1.0, gt=0, le=10, description="The spread, as in results, beyond which no more is gained."
+    )
+    source: Weight = Field(
+        0.0, description="Weight of the squared distance to the source, over the natural one's."
+    )
+
+
+class Certify(Strict):
+    """How far a proof is sought that the hull of the corners has the target's class throughout.
+
+    The clock ends it where the number of sub-simplices does not.
+    """
+
+    hull: Literal["float", "8bit"] = Field(
+        "float", description="Of the corners as they are, or as their 8-bit files hold them."
+    )
+    subsimplices: int = Field(20_000, ge=1, le=1_000_000, description="Bounded at most.")
+    seconds: float = Field(10.0, gt=0, le=86400, description="Spent at most.")
+
+
 class CollisionSpec(Strict):
     """One job's settings: everything but the two images.
 
@@ -78,10 +114,20 @@ class CollisionSpec(Strict):
         "the network takes for something else is refused.",
     )
     corners: int = Field(5, ge=1, le=MAX_CORNERS, description="K, the corners of the polytope.")
-    objective: Literal["corners", "plain"] = Field(
+    objective: Literal["corners", "plain", "hull"] = Field(
         "corners",
         description="`corners` gives each corner a unit of its own (L_pos and L_neg); `plain` is "
-        "equation 1, ||f(x) - f(t)||^2, and gives every corner the same image.",
+        "equation 1, ||f(x) - f(t)||^2, and gives every corner the same image; `hull` is `corners` "
+        "with points between them that collide as well, and drives the corners apart.",
+    )
+    hull: Hull = Field(Hull(), description="Settings of the objective `hull`.")
+    solver: Literal["gradient", "exact"] = Field(
+        "gradient",
+        description="`exact` finds corners of the polytope itself by linear programs, one a unit: "
+        "for layers that are affine in the image, where all mixtures of corners collide as well.",
+    )
+    source_budget: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
+        None, description="How far `exact` may move any pixel from the source; null: anywhere."
     )
     units: (
         Literal["first", "random", "reachable"]
@@ -126,6 +172,13 @@ class CollisionSpec(Strict):
         Interpolation(), description="How the polytope between the corners is sampled."
     )
     ball_samples: Samples = Field(2000, description="Points of the ball of Appendix B; 0: none.")
+    worst_starts: int = Field(
+        64,
+        ge=0,
+        le=4096,
+        description="Starts of the search for the worst point of the polytope; 0: none.",
+    )
+    certify: Certify | None = Field(None, description="Whether a proof is sought.")
     snapshots: int = Field(
         6,
         ge=0,
@@ -154,7 +207,16 @@ class CollisionSpec(Strict):
                 f"units lists {len(self.units)} entries for {self.corners} corners; "
                 "give one entry for each corner."
             )
+        if self.source_budget is not None and self.solver != "exact":
+            raise ValueError("source_budget bounds the exact solver; set solver to exact as well.")
+        if self.solver == "exact" and (self.objective, self.pixel_range) != ("corners", "valid"):
+            raise ValueError("The exact solver takes objective corners and valid pixels.")
         return self
+
+    @property
+    def rows(self) -> int:
+        """Images that the job has in each pass."""
+        return self.corners + (self.hull.points if self.objective == "hull" else 0)
 
     @property
     def batch_key(self) -> str:
@@ -175,6 +237,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layer": "fc1",
         "corners": 5,
         "objective": "corners",
+        "solver": "gradient",
         "units": "first",
         "alpha": 1.0,
         "beta": 0.15,
@@ -190,6 +253,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_seconds": 3600.0,
         "interpolation": {"samples": 2000, "sampler": "uniform"},
         "ball_samples": 2000,
+        "worst_starts": 64,
+        "certify": None,
         "precision": "fp32",
     },
     # alpha is 100 on TensorFlow's half-squared norm, the rate 0.01 on 0-255 pixels. Open: when to
@@ -199,6 +264,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layer": "classifier.0",
         "corners": 5,
         "objective": "corners",
+        "solver": "gradient",
         "units": "first",
         "alpha": 50.0,
         "beta": 10.0,
@@ -214,6 +280,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_seconds": 86400.0,
         "interpolation": {"samples": 2000, "sampler": "uniform"},
         "ball_samples": 2000,
+        "worst_starts": 64,
+        "certify": None,
         "precision": "fp32",
     },
 }

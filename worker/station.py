@@ -60,7 +60,7 @@ class Station:
     def rows(self) -> int:
         """In flight, in the engine or waiting for it."""
         groups = [*self._engine.groups, *(group for group, _ in self._waiting)]
-        return sum(group.spec.corners for group in groups)
+        return sum(group.spec.rows for group in groups)
 
     @property
     def room(self) -> int:
@@ -109,11 +109,11 @@ class Station:
 
     def _fill(self) -> list[Broken]:
         """Admits what there is room for; who cannot be."""
-        rows = sum(group.spec.corners for group in self._engine.groups)
+        rows = sum(group.spec.rows for group in self._engine.groups)
         while self._waiting:
             group, state = self._waiting[0]
-            rows += group.spec.corners
-            if rows > self.limit and rows > group.spec.corners:
+            rows += group.spec.rows
+            if rows > self.limit and rows > group.spec.rows:
                 break
             self._waiting.popleft()
             try:
@@ -132,7 +132,7 @@ class Station:
     def shrink(self) -> bool:
         """Takes half of the jobs out of the engine, to wait; whether there was any."""
         groups = self._engine.groups
-        rows = sum(group.spec.corners for group in groups)
+        rows = sum(group.spec.rows for group in groups)
         self._quiet, self.limit = 0, max(1, rows // 2)
         for group in groups[len(groups) // 2 :]:
             self._waiting.append((group, self._engine.withdraw(group.key)))

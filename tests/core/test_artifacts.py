@@ -30,7 +30,7 @@ def test_arrays_come_back_as_they_were_computed(made):
     files = artifacts.encode(*made)
     assert set(files) == {
         *(f"corner-{k}.png" for k in range(5)),
-        *("corners.npz", "samples.npz", "snapshots.npz"),
+        *("corners.npz", "samples.npz", "snapshots.npz", "worst.png"),
     }
     corners = np.load(io.BytesIO(files["corners.npz"]))["corners"]
     assert corners.dtype == np.float32

@@ -488,19 +488,6 @@ def test_a_row_that_is_nan_from_the_start_keeps_its_source():
     assert torch.equal(group.corners, group.source.expand_as(group.corners))
 
 
-def test_coupled_rows_retire_together(mlp):
-    coupled, loose = (job_of(mlp, "3-0", "7-0", beta=0.3).group for _ in range(2))
-    coupled.coupled = True
-    engine = mlp.engine(coupled.spec)
-    engine.admit(coupled)
-    left = [coupled.running.sum()]
-    while not engine.advance():
-        left.append(coupled.running.sum())
-    finish(mlp.engine(loose.spec), loose)
-    assert set(left) == {5}
-    assert coupled.age >= loose.steps.max() > loose.steps.min()
-
-
 def test_seconds_are_a_limit(mlp):
     group = job_of(mlp, "3-0", "7-0", l_pos_threshold=1e-6, max_steps=10**6, max_seconds=0.05).group
     finish(mlp.engine(group.spec), group)

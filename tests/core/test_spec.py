@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from core.spec import PRESETS, CollisionSpec, Interpolation, Relative
+from core.spec import PRESETS, Certify, CollisionSpec, Hull, Interpolation, Relative
 
 MINIMAL = {"model": "mnist-mlp", "layer": "fc1"}
 
@@ -34,11 +34,13 @@ def refusals(**settings: Any) -> list[str]:
 
 # What a preset leaves to the user: nothing that moves a pixel or changes what is measured.
 LEFT = {"schema_version", "preset", "weights", "target_class", "snapshots", "figures", "seed"}
+LEFT |= {"hull", "source_budget"}  # of another objective, and of another solver
 OTHER: dict[str, Any] = {
     "model": "other",
     "layer": "other",
     "corners": 7,
     "objective": "plain",
+    "solver": "exact",
     "units": "random",
     "alpha": 3.5,
     "beta": 4.5,
@@ -54,6 +56,8 @@ OTHER: dict[str, Any] = {
     "max_seconds": 45.0,
     "interpolation": {"samples": 67, "sampler": "paper"},
     "ball_samples": 89,
+    "worst_starts": 99,
+    "certify": {"hull": "8bit", "subsimplices": 77, "seconds": 5.0},
     "precision": "bf16",
 }
 
@@ -154,7 +158,15 @@ BOUNDS: list[tuple[str, list[object], list[object]]] = [
     ("snapshots", [0, 64], [-1, 65]),
     ("seed", [0, 2**32 - 1], [-1, 2**32]),
     ("schema_version", [1], [0, 2, None]),
-    ("objective", ["corners", "plain"], ["hull", ""]),
+    ("objective", ["corners", "plain", "hull"], ["polytope", ""]),
+    ("hull", [{"points": 1}, {"points": 64}], [{"points": 0}, {"points": 65}, None]),
+    ("hull", [{"sampling": "worst"}, {"diversity": 0}], [{"sampling": "x"}, {"diversity": -1}]),
+    ("hull", [{"goal": 10}, {"source": 1e9}], [{"goal": 0}, {"goal": 11}, {"source": -1}]),
+    ("solver", ["gradient", "exact"], ["linear", None]),
+    ("source_budget", [None], [0, -1, 1.1, math.nan]),
+    ("worst_starts", [0, 4096], [-1, 4097]),
+    ("certify", [None, {"hull": "8bit"}], [{"hull": "png"}, {"seconds": 0}, {"seconds": 86401}]),
+    ("certify", [{"subsimplices": 1}], [{"subsimplices": 0}, {"subsimplices": 1_000_001}]),
     ("units", ["first", "random", "reachable"], ["last", [], [-1], [2**31], [[]], [[-1]]]),
     ("negative", ["absolute", "hinge"], ["relu"]),
     ("pixel_range", ["valid", "free"], ["any", True]),
@@ -192,6 +204,21 @@ def test_values_past_the_bounds_are_refused_at_their_place(field: str, value: ob
 
 def test_every_field_is_in_the_table_of_bounds() -> None:
     assert {field for field, _, _ in BOUNDS} | {"preset"} == set(CollisionSpec.model_fields)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"source_budget": 0.5},
+        {"objective": "hull"},
+        {"objective": "plain"},
+        {"pixel_range": "free"},
+    ],
+)
+def test_the_exact_solver_has_a_budget_and_no_other_objective(settings: dict[str, Any]) -> None:
+    solver = "gradient" if "source_budget" in settings else "exact"
+    assert refusals(solver=solver, **settings) == [""]
+    assert build(solver="exact", source_budget=0.5).source_budget == 0.5
 
 
 @pytest.mark.parametrize("corners", [1, 3, 5])
@@ -240,7 +267,19 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "preset": st.sampled_from([None, *PRESETS]),
     "weights": st.none() | NAMES,
     "target_class": st.none() | st.text(PRINTABLE, min_size=1, max_size=200),
-    "objective": st.sampled_from(["corners", "plain"]),
+    "objective": st.sampled_from(["corners", "plain", "hull"]),
+    "hull": st.builds(
+        Hull,
+        points=st.integers(1, 64),
+        sampling=st.sampled_from(["uniform", "worst"]),
+        diversity=floats(0, 1e9),
+        goal=floats(0, 10, open_low=True),
+        source=floats(0, 1e9),
+    ),
+    "solver": st.just("gradient"),
+    "source_budget": st.none(),
+    "worst_starts": st.integers(0, 4096),
+    "certify": st.none() | st.builds(Certify, subsimplices=st.integers(1, 1_000_000)),
     "alpha": floats(0, 1e9, open_low=True),
     "beta": floats(0, 1e9) | RELATIVE,
     "gamma": floats(0, 1e9),
@@ -335,6 +374,12 @@ def test_jobs_that_cannot_share_a_pass_have_other_keys(settings: dict[str, Any])
         {"max_seconds": 3},
         {"interpolation": {"samples": 3}},
         {"ball_samples": 3},
+        {"objective": "hull"},
+        {"hull": {"goal": 3}},
+        {"solver": "exact"},
+        {"solver": "exact", "source_budget": 0.5},
+        {"worst_starts": 3},
+        {"certify": {}},
         {"snapshots": 3},
         {"figures": False},
         {"seed": 3},
