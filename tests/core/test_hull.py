@@ -1,15 +1,12 @@
-"""A hull against formulas written out again, and in the engine alone, interrupted and in company."""
-
-from dataclasses import replace
+"""A hull against formulas written out again; in the engine alone, interrupted and in company."""
 
 import numpy as np
 import pytest
 import torch
-from scipy import optimize
 
 from core import interpolate
 from core.engine import CONVERGED, DIVERGED, MAX_STEPS, Engine
-from core.hull import Hull, ascend, onto_simplex
+from core.hull import Hull, ascend
 from core.images import load, read
 from core.job import Job, Subject, prepare
 from core.objective import Losses, Target, l_neg, l_pos
@@ -100,21 +97,6 @@ def test_nothing_is_driven_beyond_the_goal_nor_where_corners_are_equal():
     assert not done.drive(corners, source, 0, torch.tensor(0.0)).any()
     equal = corners[:1].expand(3, 1, 2, 2)
     assert not small_hull().drive(equal, source, 0, torch.tensor(0.0)).any()
-
-
-def test_the_nearest_point_of_the_simplex_is_that_of_a_general_solver():
-    points = 2 * torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
-    for point, nearest in zip(points.double(), onto_simplex(points.double()), strict=True):
-        solved = optimize.minimize(
-            lambda w, p=point.numpy(): ((w - p) ** 2).sum(),
-            np.full(4, 0.25),
-            jac=lambda w, p=point.numpy(): 2 * (w - p),
-            bounds=[(0, 1)] * 4,
-            constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
-            method="SLSQP",
-            options={"ftol": 1e-15},
-        )
-        assert np.allclose(nearest.numpy(), solved.x, atol=1e-6)
 
 
 def test_worst_points_climb():
