@@ -1,0 +1,172 @@
+"""Hulls of photographs on SqueezeNet: how far corners spread while all between them collides.
+
+`pairs`: the first 12 of a seeded shuffle of the ordered pairs of nine photographs, at a preset
+spread that the next four pairs of that shuffle were used to choose. `frontier`: one of those four,
+optimised by each objective, wider and wider.
+
+Spreads are fractions of 42 778, the mean distance between random photographs on the 0-255 scale.
+The published weights were compressed: two thirds of them are zero. They, and the photographs, are
+read from a folder that no user has (POLYCOLLIDE_DATA).
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from subjects import DATA, Net, squeezenet
+from timing import console, table, verdict
+
+from core import images, job
+from core.result import Result
+from core.spec import CollisionSpec
+
+NINE = (
+    *("animal_panda", "animal_koala", "animal_scarlet_macaw", "fish_fish28", "animal_polar_bear"),
+    *("farm_dog", "fish_fish25", "animal_lemur", "farm_chicken"),
+)
+PAIRS = 12
+NATURAL = 42_778 / 255, "random photographs"
+SETTINGS: dict[str, Any] = {
+    "preset": "hull",
+    "model": "squeezenet1_0",
+    "layer": "features.12.squeeze",
+    "beta": {"relative": 0.1},
+    "learning_rate": 0.03,
+    "max_steps": 200,
+    "l_pos_threshold": {"relative": 0.08},
+    "violation_threshold": {"relative": 0.06},
+    "precision": "bf16",
+    "ball_samples": 0,
+    "certify": None,
+    "snapshots": 0,
+    "figures": False,
+}
+HULL: dict[str, Any] = {"diversity": 6.0, "source": 4.0}
+
+
+def shuffled() -> list[tuple[str, str]]:
+    """All ordered pairs, in a random order that is always the same."""
+    pairs = list(permutations(NINE, 2))
+    return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
+
+
+def collide(net: Net, pair: tuple[str, str], **settings: Any) -> tuple[Result, float]:
+    """The result for two photographs, and the seconds that it took."""
+    spec = CollisionSpec.model_validate(SETTINGS | settings)
+    subject = replace(net.subject(spec), natural=NATURAL)
+    loaded = []
+    for name in pair:
+        file = DATA / "photos" / f"{name}.jpg"
+        loaded.append(images.load(file.name, file.read_bytes(), net.model.preprocessing))
+    began = time.perf_counter()
+    _, outcome = job.run(subject, spec, *loaded)
+    return outcome.result, time.perf_counter() - began
+
+
+def add(made: Table, name: str, result: Result, seconds: float) -> None:
+    """One line: what is claimed of a hull."""
+    inside, worst = result.interpolation, result.worst
+    assert inside
+    assert worst
+    made.add_row(
+        name,
+        f"{result.polytope.spread:.3f}",
+        f"{100 * inside.accuracy:.2f}",
+        f"{100 * inside.accuracy_8bit:.2f}",
+        f"{inside.mean_probability:.3f}",
+        f"{inside.min_probability:.3f}",
+        f"{worst.margin:.2f}",
+        f"{worst.margin_8bit:.2f}",
+        f"{max(corner.distance_ratio for corner in result.corners):.2f}",
+        f"{seconds:.0f}",
+    )
+
+
+COLUMNS = (
+    *("spread", "% in class", "8 bits", "mean P", "least P", "worst margin", "8 bits"),
+    *("to source / to target", "seconds"),
+)
+
+
+def pairs(options: argparse.Namespace) -> None:
+    """Each of the pairs, as soon as it is done; then the verdict on all."""
+    net, results = squeezenet(), list[Result]()
+    chosen = shuffled()[: options.pairs]
+    made = table(f"{net.title}: hulls with a goal of {options.goal:g}", "", *COLUMNS)
+    for source, target in chosen:
+        result, seconds = collide(net, (source, target), hull=HULL | {"goal": options.goal})
+        results.append(result)
+        name = f"{source.split('_', 1)[1]} to {target.split('_', 1)[1]}"
+        add(made, name, result, seconds)
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            file = options.out / f"{source}-{target}-{options.goal:g}.json"
+            file.write_text(result.model_dump_json(indent=2))
+        console.print(name, f"spread {result.polytope.spread:.3f} in {seconds:.0f} s")
+    console.print(made)
+    _judge(results)
+
+
+def _judge(results: list[Result]) -> None:
+    made = table(f"All {len(results)}", "", "found", "target", "")
+
+    def line(name: str, value: float, goal: tuple[str, float]) -> None:
+        made.add_row(name, f"{value:.3g}", *verdict(value, goal))
+
+    inside = [r.interpolation for r in results if r.interpolation]
+    worst = [r.worst for r in results if r.worst]
+    label = [r.target.label for r in results]
+    count = len(results)
+    line("median spread", float(np.median([r.polytope.spread for r in results])), (">=", 0.35))
+    whole = [i.accuracy == 1 and i.accuracy_8bit == 1 for i in inside]
+    line("all samples in class, 8-bit too", sum(whole), (">=", count))
+    kept = [w.label == w.label_8bit == t for w, t in zip(worst, label, strict=True)]
+    line("worst point in class, 8-bit too", sum(kept), (">=", count - 1))
+    ratios = [corner.distance_ratio for r in results for corner in r.corners]
+    line("to source / to target, at most", max(ratios), ("<=", 0.6))
+    console.print(made)
+
+
+def frontier(options: argparse.Namespace) -> None:
+    """By each objective, from narrow to wide."""
+    net, pair = squeezenet(), shuffled()[PAIRS]
+    unit = {"objective": "corners", "hull": {}}
+    # A unit's own weight is all that spreads corners without a hull.
+    tried: dict[str, dict[str, Any]] = {
+        f"{name}, beta {beta:g}": unit | {"negative": negative, "beta": {"relative": beta}}
+        for name, negative in (("paper's", "absolute"), ("hinge", "hinge"))
+        for beta in (0.1, 1.0, 10.0)
+    }
+    for sampling in ("uniform", "worst"):
+        for goal in (0.3, 0.6, 0.9):
+            hull = HULL | {"goal": goal, "sampling": sampling}
+            tried[f"hull, {sampling}, goal {goal:g}"] = {"hull": hull}
+    made = table(f"{net.title}: {' to '.join(pair)}", "", *COLUMNS)
+    for name, settings in tried.items():
+        add(made, name, *collide(net, pair, **settings))
+        console.print(name)
+    console.print(made)
+
+
+PARTS = {"pairs": pairs, "frontier": frontier}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Hulls of photographs on SqueezeNet.")
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="of the shuffle")
+    parser.add_argument("--goal", type=float, default=0.5, help="the spread to reach (pairs)")
+    parser.add_argument("--out", type=Path, help="a folder for the results (pairs)")
+    options = parser.parse_args()
+    console.print(json.dumps(SETTINGS | {"hull": HULL}))
+    PARTS[options.part](options)
+
+
+if __name__ == "__main__":
+    main()
