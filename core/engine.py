@@ -154,6 +154,18 @@ class _Points:
     weights: Tensor
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """A pass over all rows and, behind them, all points: f' and, where a hull asks for it, logits.
+
+    `leaf` are the parameters that it depends on.
+    """
+
+    leaf: Tensor
+    pre: Tensor
+    logits: Tensor | None
+
+
 class Engine:
     """Steps any number of groups that share a batch key through one `tap`.
 
@@ -215,14 +227,14 @@ class Engine:
         with matmul_precision(tf32=self.tf32):
             if self._groups:
                 self._draw_points()
-                leaf, pre = self._forward()
-                if self._check(pre.detach()):
+                seen = self._forward()
+                if self._check(seen):
                     self._retire()
                     if self._groups:
                         self._draw_points()
-                        leaf, pre = self._forward()
+                        seen = self._forward()
             if self._groups:
-                self._stride(leaf, pre)
+                self._stride(seen)
         seconds = time.perf_counter() - began
         for group in company:
             group.seconds += seconds
@@ -351,34 +363,36 @@ class Engine:
                 weights = weights.to(self._rows.parameters)
                 self._points.append(_Points(group, group.hull, where, weights))
 
-    def _forward(self) -> tuple[Tensor, Tensor]:
-        """The parameters, and f' of all rows and, behind them, of the points between them."""
+    def _forward(self) -> _Seen:
         leaf = self._rows.parameters.detach().requires_grad_()
         images = self.parametrization.images(leaf)
         if not self._points:
-            return leaf, self.tap(images)
+            return _Seen(leaf, self.tap(images), None)
         between = []
         for points in self._points:
             points.weights = points.weights.detach().requires_grad_(points.hull.seeks)
             between.append(torch.tensordot(points.weights, images[points.where], dims=1))
         missing = _missing(sum(map(len, between)), images)
         between.append(images[:1].detach().expand(missing, *images.shape[1:]))
-        return leaf, self.tap(torch.cat([images, *between]))
+        images = torch.cat([images, *between])
+        if any(points.hull.settings.margin for points in self._points):
+            return _Seen(leaf, *self.tap.observe(images))
+        return _Seen(leaf, self.tap(images), None)
 
-    def _between(self, pre: Tensor) -> Iterator[tuple[_Points, Tensor]]:
-        """Each group's points with their part of `pre`."""
+    def _between(self) -> Iterator[tuple[_Points, slice]]:
+        """Each group's points, and where they are in a pass."""
         start = len(self._rows.score)
         for points in self._points:
-            yield points, pre[start : start + len(points.weights)]
+            yield points, slice(start, start + len(points.weights))
             start += len(points.weights)
 
     @torch.no_grad()
-    def _check(self, pre: Tensor) -> bool:
+    def _check(self, seen: _Seen) -> bool:
         """Keeps the best states, notes the curves, ends rows; whether any row ended."""
         rows = self._rows
-        losses, score = _scores(rows.losses, pre[: len(rows.score)], rows.thresholds)
-        for points, part in self._between(pre):
-            worst = self._worst(points, pre, part)
+        losses, score = _scores(rows.losses, seen.pre[: len(rows.score)], rows.thresholds)
+        for points, part in self._between():
+            worst = self._worst(points, part, seen)
             spread = points.hull.spread(rows.parameters[points.where])
             lacking = 1 - spread / points.hull.settings.goal
             score[points.where] = torch.where(worst < 1, lacking, worst)
@@ -392,13 +406,19 @@ class Engine:
         rows.score, rows.kept = best, kept
         return any(ended)
 
-    def _worst(self, points: _Points, pre: Tensor, part: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _worst(self, points: _Points, part: slice, seen: _Seen) -> Tensor:
         """The largest loss over its threshold, of corners and the points between them."""
-        where = points.where
+        where, hull = points.where, points.hull
         thresholds = self._rows.thresholds[where]
-        _, corners = _scores(self._rows.losses.select(where), pre[where], thresholds)
-        _, between = _scores(points.hull.losses, part, thresholds[:1])
-        return torch.cat([corners, between]).max()
+        own = self._rows.losses.select(where)
+        found = [
+            _scores(own, seen.pre[where], thresholds)[1],
+            _scores(hull.losses, seen.pre[part], thresholds[:1])[1],
+        ]
+        if seen.logits is not None and hull.settings.margin:
+            found += [hull.shortfall(seen.logits[rows]) for rows in (where, part)]
+        return torch.cat(found).max()
 
     def _judge(self, group: Group, where: slice, table: Floats) -> bool:
         corner = self._corner[where]
@@ -449,7 +469,7 @@ class Engine:
         for group, first, end in zip(self._groups, bounds[:-1], bounds[1:], strict=True):
             yield group, slice(int(first), int(end))
 
-    def _stride(self, leaf: Tensor, pre: Tensor) -> None:
+    def _stride(self, seen: _Seen) -> None:
         """Takes `STRIDE` steps, or none where one of them fails."""
         (rates, epsilons), bounds = self._rates(), self._bounds()
         start = self._rows
@@ -458,8 +478,8 @@ class Engine:
         try:
             for i in range(STRIDE):
                 if i:
-                    leaf, pre = self._forward()
-                self._step(leaf, pre, rates[i], epsilons[i], bounds)
+                    seen = self._forward()
+                self._step(seen, rates[i], epsilons[i], bounds)
                 self.on_step()
         except BaseException:
             self._rows = start
@@ -489,11 +509,9 @@ class Engine:
         return (0.0, 1.0) if ranges == {"valid"} else (self._rows.low, self._rows.high)
 
     @torch.no_grad()
-    def _step(
-        self, leaf: Tensor, pre: Tensor, rate: Tensor, epsilon: Tensor, bounds: Bounds | None
-    ) -> None:
+    def _step(self, seen: _Seen, rate: Tensor, epsilon: Tensor, bounds: Bounds | None) -> None:
         rows = self._rows
-        gradient = self._gradient(leaf, pre)
+        gradient = self._gradient(seen)
         mean, square = DECAYS[self.optimizer]
         direction = rows.mean.lerp_(gradient, 1 - mean) if mean else gradient
         if square:
@@ -503,26 +521,40 @@ class Engine:
         if bounds:
             self.parametrization.project_(rows.parameters, bounds)
 
-    def _gradient(self, leaf: Tensor, pre: Tensor) -> Tensor:
+    def _gradient(self, seen: _Seen) -> Tensor:
         """d loss / d parameters [R, C, H, W]; points that seek the worst move on."""
-        losses = self._rows.losses
+        losses, leaf, pre = self._rows.losses, seen.leaf, seen.pre.detach()
         if not self._points:
-            (gradient,) = torch.autograd.grad(pre, leaf, losses.gradient(pre.detach()))
+            (gradient,) = torch.autograd.grad(seen.pre, leaf, losses.gradient(pre))
             return gradient
-        found = pre.detach()
-        inside = [points.hull.losses.gradient(part) for points, part in self._between(found)]
-        away = torch.cat([losses.gradient(found[: len(leaf)]), *inside])
-        away = torch.cat([away, away.new_zeros(len(found) - len(away), away.shape[1])])
+        away = torch.zeros_like(pre)
+        away[: len(leaf)] = losses.gradient(pre[: len(leaf)])
+        for points, part in self._between():
+            away[part] = points.hull.losses.gradient(pre[part])
+        outputs, aways = [seen.pre], [away]
+        if seen.logits is not None:
+            outputs.append(seen.logits)
+            aways.append(self._off_class(seen.logits.detach()))
         seeking = [points for points in self._points if points.hull.seeks]
-        gradient, *rising = torch.autograd.grad(pre, [leaf, *(p.weights for p in seeking)], away)
+        inputs = [leaf, *(points.weights for points in seeking)]
+        gradient, *rising = torch.autograd.grad(outputs, inputs, aways)
         for points, rise in zip(seeking, rising, strict=True):
             points.weights = ascend(points.weights, rise)
-        for points, part in self._between(found):
-            worst = self._worst(points, found, part)
+        for points, part in self._between():
             corners, group = leaf.detach()[points.where], points.group
+            worst = self._worst(points, part, seen)
             drive = points.hull.drive(corners, group.source, group.age, worst)
             gradient[points.where] += drive
         return gradient
+
+    def _off_class(self, logits: Tensor) -> Tensor:
+        """d loss / d logits [R + P, classes] of the hulls that mind their class."""
+        away = torch.zeros_like(logits)
+        for points, part in self._between():
+            if points.hull.settings.margin:
+                for rows in (points.where, part):
+                    away[rows] = points.hull.off_class(logits[rows])
+        return away
 
 
 def _restore(group: Group, rows: _Rows, state: Mapping[str, Tensor]) -> None:

@@ -7,13 +7,14 @@ corners through their weights. What loss is left to spend goes into distance: th
 apart until their spread reaches a goal.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from core.certify import project_to_simplex
+from core.certify import margins_of, project_to_simplex
 from core.objective import Losses
 from core.spec import Hull as Settings
 
@@ -30,13 +31,16 @@ class Hull:
     """The coupling of one job's K corners.
 
     `losses` are those of its P points, [P, U]. `natural` is the mean distance of unrelated images
-    in pixels; `energy` that of the target's features, in which the other terms are weighed.
+    in pixels; `energy` that of the target's features, in which the other terms are weighed. By
+    `margin` the target's logit of its `label` exceeds all others.
     """
 
     settings: Settings
     losses: Losses
     natural: float
     energy: float
+    label: int
+    margin: float
     seed: int
     max_steps: int
 
@@ -57,6 +61,20 @@ class Hull:
             return corners.new_zeros(())
         spread: Tensor = torch.pdist(corners.flatten(1)).mean() / self.natural
         return spread
+
+    def shortfall(self, logits: Tensor) -> Tensor:
+        """[N]: how much of the target's margin is missing, over how much may be."""
+        return (1 - margins_of(logits, self.label) / self.margin) / (1 - self.settings.margin)
+
+    def off_class(self, logits: Tensor) -> Tensor:
+        """The gradient [N, classes] of what the margins lack: as much as the energy at margin 0."""
+        floor = self.settings.margin * self.margin
+        others = logits.index_fill(1, torch.tensor([self.label], device=logits.device), -math.inf)
+        lacking = (margins_of(logits, self.label) < floor).to(logits)
+        pull = lacking * (self.energy / (floor * len(logits)))
+        away = torch.zeros_like(logits).scatter_(1, others.argmax(1, keepdim=True), pull[:, None])
+        away[:, self.label] = -pull
+        return away
 
     def drive(self, corners: Tensor, source: Tensor, age: int, worst: Tensor) -> Tensor:
         """The gradient [K, C, H, W] of the source term minus that of the spread, at step `age`.

@@ -240,7 +240,7 @@ def prepare(
         spec=spec,
         source=pair[0],
         losses=losses,
-        hull=_hull(subject, spec, goal) if spec.objective == "hull" else None,
+        hull=_hull(subject, spec, goal, logits[1:]) if spec.objective == "hull" else None,
         l_pos_threshold=_absolute(spec.l_pos_threshold, goal),
         violation_threshold=_absolute(spec.violation_threshold, goal),
     )
@@ -354,9 +354,12 @@ def run(
     return job, measure(subject, job)
 
 
-def _hull(subject: Subject, spec: CollisionSpec, goal: Target) -> Hull:
-    """Points between corners push no unit away, and together weigh as much as the corners."""
-    count, beta = spec.hull.points, _beta(spec, goal)
+def _hull(subject: Subject, spec: CollisionSpec, goal: Target, logits: Tensor) -> Hull:
+    """Points between corners push no unit away, and together weigh as much as the corners.
+
+    `logits` [1, classes] are the target's.
+    """
+    count, beta, label = spec.hull.points, _beta(spec, goal), int(logits.argmax())
     none = torch.zeros(count, len(goal.pre), dtype=torch.bool, device=goal.pre.device)
     share = spec.corners / count
     losses = Losses.of_corners(
@@ -367,6 +370,8 @@ def _hull(subject: Subject, spec: CollisionSpec, goal: Target) -> Hull:
         losses=losses,
         natural=subject.natural[0],
         energy=spec.alpha * goal.energy,
+        label=label,
+        margin=float(certify.margins_of(logits, label)),
         seed=spec.seed,
         max_steps=spec.max_steps,
     )

@@ -71,6 +71,13 @@ class Hull(Strict):
     goal: float = Field(
         1.0, gt=0, le=10, description="The spread, as in results, beyond which no more is gained."
     )
+    margin: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="The part of the target's own margin (its logit minus the next) that corners "
+        "and points have to keep; 0 looks at the layer alone.",
+    )
     source: Weight = Field(
         0.0, description="Weight of the squared distance to the source, over the natural one's."
     )
@@ -300,9 +307,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "schedule": "cosine",
         "l_pos_threshold": {"relative": 0.01},
         "violation_threshold": {"relative": 0.01},
-        "max_steps": 1000,
+        "max_steps": 2000,
         "max_seconds": 3600.0,
-        "hull": {"points": 5, "sampling": "uniform", "diversity": 3.0, "goal": 1.0, "source": 0.0},
+        "hull": {
+            "points": 5,
+            "sampling": "uniform",
+            "diversity": 3.0,
+            "goal": 1.0,
+            "margin": 0.0,
+            "source": 0.0,
+        },
         "interpolation": {"samples": 2000, "sampler": "uniform"},
         "ball_samples": 2000,
         "worst_starts": 64,

@@ -535,11 +535,11 @@ def test_steps_between_checks_do_no_work_per_row(mlp, monkeypatch):
         for i, (s, t) in enumerate(digit_pairs(jobs)):
             engine.admit(job_of(mlp, s, t, f"{i}").group)
         engine.advance()
-        leaf, pre = engine._forward()
+        seen = engine._forward()
         rates, epsilons = engine._rates()
         Counter.calls = 0
         with Counter():
-            engine._step(leaf, pre, rates[0], epsilons[0], engine._bounds())
+            engine._step(seen, rates[0], epsilons[0], engine._bounds())
             engine._forward()
         return Counter.calls
 

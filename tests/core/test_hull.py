@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from core import interpolate
+from core import certify, interpolate
 from core.engine import CONVERGED, DIVERGED, MAX_STEPS, Engine
 from core.hull import Hull, ascend
 from core.images import load, read
@@ -56,7 +56,16 @@ def small_hull(**settings) -> Hull:
     target = Target(torch.tensor([1.0, -1.0]), Clip())
     none = torch.zeros(5, 2, dtype=torch.bool)
     losses = Losses.of_corners(target, none, alpha=1.0, beta=1.0, negative="hinge")
-    return Hull(Settings(**settings), losses, natural=2.0, energy=3.0, seed=4, max_steps=100)
+    return Hull(
+        Settings(**settings),
+        losses,
+        natural=2.0,
+        energy=3.0,
+        label=1,
+        margin=8.0,
+        seed=4,
+        max_steps=100,
+    )
 
 
 def test_points_are_in_the_simplex_and_the_same_at_the_same_step():
@@ -91,6 +100,31 @@ def test_the_drive_is_a_gradient_that_fades_as_the_loss_is_spent(age, worst, lef
     assert torch.allclose(drive, expected, atol=1e-6)
 
 
+def test_margins_below_the_floor_are_pulled_up_and_others_left():
+    """The floor is a quarter of the target's margin, 8."""
+    hull = small_hull(margin=0.25)
+    logits = torch.tensor([[1.0, 2.5, 0.0], [0.0, 9.0, 1.0], [4.0, 1.0, 0.0]], requires_grad=True)
+    margins = logits[:, 1] - logits[:, [0, 2]].amax(1)
+    assert margins.tolist() == [1.5, 8.0, -3.0]
+    lacking = 3 * (1 - margins / 2).relu().mean()
+    (expected,) = torch.autograd.grad(lacking, logits)
+    assert torch.allclose(hull.off_class(logits.detach()), expected)
+    missing = [(8 - 1.5) / 6, 0.0, (8 + 3) / 6]
+    assert hull.shortfall(logits.detach()).tolist() == pytest.approx(missing)
+
+
+def test_a_hull_that_minds_its_class_keeps_its_margin(mlp):
+    """Where losses may be so large, and the drive is so strong, that the class would go."""
+    loose = {"l_pos_threshold": {"relative": 3.0}, "violation_threshold": {"relative": 3.0}}
+    least = []
+    for margin in (0.0, 0.5):
+        job = job_of(mlp, hull={"diversity": 100.0, "goal": 9.0, "margin": margin}, **loose)
+        finish(mlp.engine(job.spec), job)
+        found = certify.worst_point(mlp.tap, job.group.corners, job.seen_target.label)
+        least.append(found.margin / job.group.hull.margin)
+    assert least[0] < 0 < 0.4 < least[1]
+
+
 def test_nothing_is_driven_beyond_the_goal_nor_where_corners_are_equal():
     corners, source = torch.rand(3, 1, 2, 2), torch.zeros(1, 2, 2)
     done = small_hull(goal=0.01)
@@ -121,8 +155,8 @@ def test_the_engine_steps_along_the_gradient_of_corners_points_and_drive(mlp):
     start += 0.1 * torch.rand(start.shape, generator=generator)
     engine._rows.parameters = start.clone()
     engine._draw_points()
-    leaf, pre = engine._forward()
-    found = engine._gradient(leaf, pre)[:3]
+    seen = engine._forward()
+    found = engine._gradient(seen)[:3]
 
     corners = start[:3].clone().requires_grad_()
     hull = group.hull
@@ -139,7 +173,7 @@ def test_the_engine_steps_along_the_gradient_of_corners_points_and_drive(mlp):
     whole = loss(corners, [list(unit) for unit in job.units]) + 3 / 5 * loss(between, [])
     (expected,) = torch.autograd.grad(whole, corners)
     with torch.no_grad():
-        worst = engine._worst(engine._points[0], pre, pre[len(start) : len(start) + 5])
+        worst = engine._worst(engine._points[0], slice(len(start), len(start) + 5), seen)
         expected += hull.drive(corners, group.source, 0, worst)
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
