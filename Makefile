@@ -7,6 +7,7 @@ READY := .venv/ready
 .PHONY: demo test lint bench compose-test clean
 
 demo: $(READY)
+	@echo "The demo computes for about a minute on two cores and writes to demo/."
 	$(BIN)/polycollide run --source sample:mnist/3-0 --target sample:mnist/7-0 --preset paper-mnist --out demo/paper
 	$(BIN)/polycollide run --source sample:mnist/3-0 --target sample:mnist/7-0 --model mnist-mlp --layer fc1 --out demo/defaults
 	$(BIN)/polycollide reproduce table1
@@ -34,6 +35,7 @@ compose-test: $(READY)
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("polycollide needs Python 3.11 or newer; set PYTHON." if sys.version_info < (3, 11) else 0)'
+	@echo "Installing into .venv: about 6 GB, nearly all of it torch; some minutes, once."
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 
 from fastapi import APIRouter, FastAPI
+from fastapi_offline import FastAPIOffline
 
 from api import batches, errors, events, files, images, jobs, openapi, ops
 from api.deps import Services
@@ -49,7 +50,8 @@ def create(settings: Settings | None = None) -> FastAPI:
             await engine.dispose()
             await reading.dispose()
 
-    app = FastAPI(
+    # /docs with scripts of its own: it works where the internet is not.
+    app = FastAPIOffline(
         title="polycollide",
         version=version("polycollide"),
         description=_DESCRIPTION,

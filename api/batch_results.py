@@ -1,13 +1,18 @@
 """The results of a batch, as lines of JSON or as a table: streamed, in bounded memory."""
 
+import asyncio
 import csv
 import io
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID
 
+from pydantic_core import from_json
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from api.order import in_order
+from core.result import Result
 from store import batches
 
 # What a page is to weigh: a result of 5 corners has 7 KB, one of 256 corners 1.5 MB.
@@ -24,9 +29,16 @@ async def jsonl(reading: AsyncEngine, batch_id: UUID) -> AsyncIterator[str]:
         if not found:
             return
         after = found[-1][0]
-        page = "".join(f"{line}\n" for _, line in found)
+        page = await asyncio.to_thread(_lines, [line for _, line in found])
         limit = min(limit * 2, _MAX_PAGE) if len(page) < _PAGE_BYTES else max(limit // 2, 1)
         yield page
+
+
+def _lines(found: list[str]) -> str:
+    lines = [from_json(line) for line in found]
+    for line in lines:
+        line["result"] = in_order(line["result"], Result)
+    return "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
 
 
 async def table(reading: AsyncEngine, batch_id: UUID) -> AsyncIterator[str]:

@@ -168,7 +168,7 @@ class BatchUrls(BaseModel):
     results_csv: str
 
 
-class Batch(BaseModel):
+class ListedBatch(BaseModel):
     """Jobs that were submitted together. `completed`: none of them is left to run."""
 
     id: UUID
@@ -177,14 +177,19 @@ class Batch(BaseModel):
     status: Literal["in_progress", "completed"]
     cancel_requested_at: datetime | None
     request_counts: RequestCounts
-    errors: list[ItemError] = Field(description="The items that were refused; empty in lists.")
     urls: BatchUrls
+
+
+class Batch(ListedBatch):
+    """A batch, and the items of it that were refused."""
+
+    errors: list[ItemError]
 
 
 class Batches(BaseModel):
     """Batches, the newest first."""
 
-    batches: list[Batch]
+    batches: list[ListedBatch]
     next_cursor: str | None
 
 

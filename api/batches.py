@@ -25,7 +25,7 @@ from api.errors import (
     responses,
 )
 from api.intake import Intake, NoItemAccepted, TooManyItems
-from api.jobs import IdempotencyKey
+from api.jobs import IdempotencyKey, WithLabel
 from api.openapi import body, ref
 from api.schemas import Cursor
 from api.submission import created_before, media_type_of
@@ -78,7 +78,7 @@ def _parse(content: bytes) -> ItemsBatch | GridBatch:
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        raise Invalid.of(error, "body") from error
+        raise Invalid.of(error, model, "body") from error
 
 
 @router.post(
@@ -133,12 +133,15 @@ async def submit(
 async def page(
     key_id: KeyId,
     connection: Reading,
+    label: WithLabel = None,
     cursor: Annotated[Cursor | None, Query(description="`next_cursor` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> Any:
-    """Lists batches, the newest first."""
+    """Lists batches, the newest first, without the items that were refused."""
     before = None if cursor is None else int(cursor)
-    found = await batches.page(connection, key_id=key_id, limit=limit + 1, before=before)
+    found = await batches.page(
+        connection, key_id=key_id, limit=limit + 1, before=before, label=label
+    )
     more = str(found[limit - 1].seq) if len(found) > limit else None
     return {"batches": [shown(batch) for batch in found[:limit]], "next_cursor": more}
 

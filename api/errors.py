@@ -10,14 +10,14 @@ from typing import Any, ClassVar, TypedDict
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field
-from pydantic_core import ErrorDetails, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
 
+from core.complaints import complaints
 from core.errors import CoreError
 
 MEDIA_TYPE = "application/problem+json"
@@ -135,9 +135,9 @@ class Invalid(ApiError):
     status, code, title = 422, "invalid_request", "Invalid request"
 
     @classmethod
-    def of(cls, error: ValidationError, *location: str) -> "Invalid":
-        """What pydantic found, below `location`."""
-        return cls(errors=field_errors(error.errors(include_url=False), *location))
+    def of(cls, error: ValidationError, model: type[BaseModel], *location: str) -> "Invalid":
+        """What pydantic has against a `model`, below `location`."""
+        return cls(errors=field_errors(error, model, *location))
 
 
 class UnknownImage(Invalid):
@@ -212,15 +212,18 @@ def responses(*errors: type[ApiError]) -> dict[int | str, dict[str, Any]]:
     return found
 
 
-def field_errors(errors: list[ErrorDetails] | Any, *location: str) -> list[FieldError]:
-    """Pydantic's errors, at most 50 of them, without the values that caused them."""
+def field_errors(
+    error: ValidationError, model: type[BaseModel], *location: str
+) -> list[FieldError]:
+    """What pydantic has against a `model`, without the values that caused it."""
     return [
-        FieldError(
-            loc=".".join(map(str, (*location, *error["loc"]))),
-            message=str(error["msg"]).removeprefix("Value error, "),
-        )
-        for error in errors[:50]
+        FieldError(loc=_joined(*location, *complaint.loc), message=complaint.message)
+        for complaint in complaints(error, model)
     ]
+
+
+def _joined(*location: str | int) -> str:
+    return ".".join(map(str, location))
 
 
 def install(app: FastAPI) -> None:
@@ -245,7 +248,8 @@ async def _core(_: Request, error: Exception) -> Response:
 
 async def _validation(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return Invalid(errors=field_errors(error.errors())).response()
+    wrong = [FieldError(loc=_joined(*e["loc"]), message=e["msg"]) for e in error.errors()[:50]]
+    return Invalid(errors=wrong).response()
 
 
 _BY_STATUS: dict[int, type[ApiError]] = {400: MalformedBody, 404: NotFound, 413: BodyTooLarge}
@@ -255,7 +259,8 @@ async def _http(request: Request, error: Exception) -> Response:
     """What FastAPI and Starlette raise themselves."""
     assert isinstance(error, HTTPException)
     if error.status_code in _BY_STATUS:
-        return _BY_STATUS[error.status_code]().response()
+        said = error.detail if error.status_code == 413 else None
+        return _BY_STATUS[error.status_code](said).response()
     status, headers = HTTPStatus(error.status_code), dict(error.headers or {})
     if status == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(_allowed(request))
@@ -270,7 +275,10 @@ def _allowed(request: Request) -> list[str]:
         scope = dict(request.scope) | {"method": method}
         return any(route.matches(scope)[0] == Match.FULL for route in request.app.router.routes)
 
-    return [method for method in ("GET", "POST", "PUT", "PATCH", "DELETE") if answers(method)]
+    return [method for method in _METHODS if answers(method)]
+
+
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 async def _unavailable(_: Request, error: Exception) -> Response:

@@ -1,13 +1,14 @@
 """Files: pictures and arrays, answered once and cached for good by their hash."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Path, Response
 
 from api.deps import KeyId, Reading
-from api.errors import NoSuchFile, UnknownJob, responses
+from api.errors import ApiError, NoSuchFile, UnknownJob, responses
 from api.schemas import JobId
 from core.spec import MAX_CORNERS
 from store import jobs
@@ -22,15 +23,27 @@ _HEADERS = {
     name: {"schema": {"type": "string"}}
     for name in ("ETag", "Cache-Control", "Content-Disposition")
 }
+_RAISES = (UnknownJob, NoSuchFile)
+Route = TypeVar("Route", bound=Callable[..., Any])
 
 
-def described(*media_types: str) -> dict[int | str, dict[str, Any]]:
-    """The `responses=` of a route that answers with a file."""
+def serves(
+    router: APIRouter, path: str, *media_types: str, raises: Iterable[type[ApiError]]
+) -> Callable[[Route], Route]:
+    """A route that answers with a file: to GET, and to HEAD without the file."""
     content = dict.fromkeys(media_types, _BINARY)
-    return {
+    known: dict[int | str, dict[str, Any]] = {
         200: {"description": "The file.", "content": content, "headers": _HEADERS},
         304: {"description": "The client has it."},
     }
+    known |= responses(*raises)
+
+    def add(route: Route) -> Route:
+        # The server leaves the body out by itself. One operation of two methods would have one id.
+        router.head(path, response_class=Response, include_in_schema=False)(route)
+        return router.get(path, response_class=Response, responses=known)(route)
+
+    return add
 
 
 def unchanged(sha256: str, known: str | None) -> bool:
@@ -51,11 +64,7 @@ def answer(file: File, content: bytes | None, *, name: str) -> Response:
     return Response(content, media_type=file.media_type, headers=headers)
 
 
-@router.get(
-    "/{job_id}/corners/{index}.png",
-    response_class=Response,
-    responses=described("image/png") | responses(UnknownJob, NoSuchFile),
-)
+@serves(router, "/{job_id}/corners/{index}.png", "image/png", raises=_RAISES)
 async def corner(
     job_id: JobId,
     index: Annotated[int, Path(ge=0, lt=MAX_CORNERS)],
@@ -69,11 +78,7 @@ async def corner(
     return await _file(connection, standing, file, f"{job_id}-{index}.png", if_none_match)
 
 
-@router.get(
-    "/{job_id}/snapshots/{steps}.png",
-    response_class=Response,
-    responses=described("image/png") | responses(UnknownJob, NoSuchFile),
-)
+@serves(router, "/{job_id}/snapshots/{steps}.png", "image/png", raises=_RAISES)
 async def snapshot(
     job_id: JobId,
     steps: Annotated[int, Path(ge=0, lt=2**31)],
@@ -87,37 +92,29 @@ async def snapshot(
     return await _file(connection, standing, file, f"{job_id}-at-{steps}.png", if_none_match)
 
 
-@router.get(
-    "/{job_id}/{stem}.npz",
-    response_class=Response,
-    responses=described("application/zip") | responses(UnknownJob, NoSuchFile),
-)
+@serves(router, "/{job_id}/{stem}.npz", "application/zip", raises=_RAISES)
 async def arrays(
     job_id: JobId,
-    stem: Literal["corners", "samples"],
+    stem: Literal["corners", "samples", "snapshots"],
     key_id: KeyId,
     connection: Reading,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
-    """The corners, or samples of their polytope, for `numpy.load`."""
+    """The corners, samples of their polytope, or corners on their way, for `numpy.load`."""
     standing = await _standing(connection, key_id, job_id)
     file = await jobs.file(connection, job_id=job_id, name=f"{stem}.npz")
     return await _file(connection, standing, file, f"{job_id}-{stem}.npz", if_none_match)
 
 
-@router.get(
-    "/{job_id}/{stem}.png",
-    response_class=Response,
-    responses=described("image/png") | responses(UnknownJob, NoSuchFile),
-)
+@serves(router, "/{job_id}/{stem}.png", "image/png", raises=_RAISES)
 async def picture(
     job_id: JobId,
-    stem: Literal["figure", "snapshots", "curves"],
+    stem: Literal["figure", "snapshots", "curves", "hull", "worst"],
     key_id: KeyId,
     connection: Reading,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
-    """A picture of the result."""
+    """A picture of the result, or the worst point of the polytope that was found."""
     standing = await _standing(connection, key_id, job_id)
     file = await jobs.file(connection, job_id=job_id, name=f"{stem}.png")
     return await _file(connection, standing, file, f"{job_id}-{stem}.png", if_none_match)
@@ -148,7 +145,7 @@ def _why(standing: Standing, name: str) -> str:
         return f"The job has not ended, it is {standing.status}; this file comes with its result."
     if standing.status != Status.SUCCEEDED:
         return f"The job has no result: it {_ENDED[standing.status]}."
-    if name.endswith(".png") and not standing.figures:
+    if name.endswith(".png") and not name.endswith("-worst.png") and not standing.figures:
         return "No pictures were drawn; set `figures` in the spec."
     return "The job has no such file."
 

@@ -15,7 +15,7 @@ from api.errors import (
     UnsupportedMediaType,
     responses,
 )
-from api.files import IfNoneMatch, answer, described, unchanged
+from api.files import IfNoneMatch, answer, serves, unchanged
 from api.openapi import body
 from api.schemas import Image
 from api.submission import media_type_of, read_file
@@ -68,11 +68,7 @@ async def put(
     return Image(**vars(image), url=f"/v1/images/{image.sha256}")
 
 
-@router.get(
-    "/{sha256}",
-    response_class=Response,
-    responses=described(*_MEDIA_TYPES) | responses(NoSuchImage),
-)
+@serves(router, "/{sha256}", *_MEDIA_TYPES, raises=[NoSuchImage])
 async def get(
     sha256: Annotated[str, Path(pattern="^[0-9a-f]{64}$")],
     key_id: KeyId,

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from api.batch_schemas import MAX_CUSTOM_ID, BatchItem
@@ -74,7 +74,7 @@ class Items:
         except _Unusable as error:
             return Refused(index, custom_id, error.code, str(error))
         except ValidationError as error:
-            return Refused(index, custom_id, "invalid_item", _sentence(error))
+            return Refused(index, custom_id, "invalid_item", _sentence(error, BatchItem))
 
     def _parse(self, line: bytes) -> Any:
         try:
@@ -95,7 +95,9 @@ class Items:
             try:
                 self._specs[text] = CollisionSpec.model_validate(UNILLUSTRATED | given)
             except ValidationError as error:
-                self._specs[text] = _Unusable("invalid_spec", _sentence(error, "spec"))
+                self._specs[text] = _Unusable(
+                    "invalid_spec", _sentence(error, CollisionSpec, "spec")
+                )
         known = self._specs[text]
         if isinstance(known, _Unusable):
             raise known.with_traceback(None)
@@ -143,11 +145,12 @@ def _usable(custom_id: Any) -> str | None:
     return custom_id if _CUSTOM_ID.fullmatch(custom_id) else None
 
 
-def _sentence(error: ValidationError, *location: str) -> str:
+def _sentence(error: ValidationError, model: type[BaseModel], *location: str) -> str:
     """The first of what pydantic found, and how much else."""
-    errors = field_errors(error.errors(include_url=False), *location)
+    errors = field_errors(error, model, *location)
     more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
-    return _printable(f"{errors[0].loc}: {errors[0].message.rstrip('.')}{more}.")
+    said = f"{errors[0].loc}: {errors[0].message.rstrip('.')}{more}"
+    return _printable(said if said.endswith("?") else f"{said}.")
 
 
 def _printable(message: str) -> str:

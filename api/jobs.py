@@ -16,6 +16,7 @@ from api.errors import (
     responses,
 )
 from api.openapi import body, ref
+from api.order import in_order
 from api.schemas import EXAMPLE, PRINTABLE, Cursor, Job, JobId, JobPart, JobRequest, Jobs, JobUrls
 from core.result import Result
 from core.spec import CollisionSpec
@@ -31,6 +32,15 @@ IdempotencyKey = Annotated[
         max_length=255,
         pattern=r"^[\x20-\x7e]+$",
         description="The same key and body give the same job, however often they are sent.",
+    ),
+]
+
+WithLabel = Annotated[
+    str | None,
+    Query(
+        max_length=64,
+        pattern=PRINTABLE,
+        description="Only those with it; a batch's label is one of its jobs, too.",
     ),
 ]
 
@@ -93,9 +103,7 @@ async def page(
     connection: Reading,
     status: Annotated[Status | None, Query(description="Only those that stand so.")] = None,
     batch: Annotated[UUID | None, Query(description="Only those of this batch.")] = None,
-    label: Annotated[
-        str | None, Query(max_length=64, pattern=PRINTABLE, description="Only those with it.")
-    ] = None,
+    label: WithLabel = None,
     cursor: Annotated[Cursor | None, Query(description="`next_cursor` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> Any:
@@ -167,23 +175,19 @@ async def delete(job_id: JobId, key_id: KeyId, connection: Writing) -> None:
 
 
 def shown(job: jobs.Job) -> dict[str, Any]:
-    """A job as `schemas.Job` has it."""
+    """A job as `schemas.Job` has it; in a list `schemas.ListedJob` leaves the result out."""
     url, files = f"/v1/jobs/{job.id}", job.files or []
     urls: dict[str, Any] = {"self": url, "cancel": f"{url}/cancel", "events": f"{url}/events"}
     if job.status == Status.SUCCEEDED:
         urls["corners"] = [f"{url}/corners/{i}.png" for i in range(job.spec["corners"])]
     named = {name.replace(".", "_"): f"{url}/{name}" for name in files}
     urls |= {name: there for name, there in named.items() if name in JobUrls.model_fields}
-    result = None
-    if job.details is not None:
-        given = job.details | {"corners": job.corners}
-        result = {name: given[name] for name in Result.model_fields if name in given}
     answer = {name: getattr(job, name) for name in _AS_THEY_ARE}
-    answer["spec"] = {
-        name: job.spec[name] for name in CollisionSpec.model_fields if name in job.spec
-    }
+    answer["progress"] = None if job.status in FINAL else job.progress
+    answer["spec"] = in_order(job.spec, CollisionSpec)
     answer["source"] = {"sha256": job.source_sha256, "name": job.source_name}
     answer["target"] = {"sha256": job.target_sha256, "name": job.target_name}
+    result = job.details and in_order(job.details | {"corners": job.corners}, Result)
     return answer | {"result": result, "urls": urls}
 
 

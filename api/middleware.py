@@ -14,6 +14,7 @@ from api.errors import ApiError
 
 _log = structlog.get_logger(__name__)
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_TOO_LARGE = "The body has over {:,} bytes; send smaller images, or several batches."
 _QUIET = ("/livez", "/readyz", "/metrics")
 
 
@@ -77,7 +78,8 @@ class BodyLimit:
             message: Message = {} if too_large else await receive()
             received += len(message.get("body", b""))
             if too_large or received > self._limit:
-                raise HTTPException(413)  # the kind that FastAPI lets through while it reads
+                # The kind of exception that FastAPI lets through while it reads.
+                raise HTTPException(413, _TOO_LARGE.format(self._limit))
             return message
 
         await self._app(scope, receive_within, send)

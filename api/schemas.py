@@ -140,12 +140,15 @@ class JobUrls(BaseModel):
     corners: list[str] | None = _once()
     corners_npz: str | None = _once()
     samples_npz: str | None = _once()
+    snapshots_npz: str | None = _once()
     figure_png: str | None = _once()
     snapshots_png: str | None = _once()
     curves_png: str | None = _once()
+    hull_png: str | None = _once()
+    worst_png: str | None = _once()
 
 
-class Job(BaseModel):
+class ListedJob(BaseModel):
     """A job and where it stands."""
 
     id: UUID
@@ -167,16 +170,21 @@ class Job(BaseModel):
         description="How many go before it, 10 000 at most; null in lists and once it runs."
     )
     attempt: int
-    progress: Annotated[Progress | None, AsStored()]
-    result: Annotated[Result | None, AsStored()] = Field(description="Null in lists.")
+    progress: Annotated[Progress | None, AsStored()] = Field(description="Null once it has ended.")
     error: Annotated[JobError | None, AsStored()]
     urls: JobUrls
+
+
+class Job(ListedJob):
+    """A job, where it stands, and what it found."""
+
+    result: Annotated[Result | None, AsStored()] = Field(description="Null until it has succeeded.")
 
 
 class Jobs(BaseModel):
     """Jobs, the newest first."""
 
-    jobs: list[Job]
+    jobs: list[ListedJob]
     next_cursor: str | None
 
 

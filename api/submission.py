@@ -160,7 +160,7 @@ async def parse(model: type[M], body: bytes, *location: str) -> M:
             return await asyncio.to_thread(model.model_validate_json, body, strict=True)
         return model.model_validate_json(body, strict=True)
     except ValidationError as error:
-        raise Invalid.of(error, *location) from error
+        raise Invalid.of(error, model, *location) from error
 
 
 async def read_file(file: UploadFile) -> bytes:

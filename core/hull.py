@@ -24,6 +24,9 @@ ASCENT = 0.1
 # Corners that may grow before they collide quite reach a spread in half to two thirds of the steps;
 # with 100 thresholds allowed at first, some no longer come back to one.
 FIRST, SPARED = 10.0, 0.75
+# Of the energy, what a margin of 0 costs. Ten times as much drowns the features: on SqueezeNet a
+# residual of 0.34 became 0.54.
+MINDED = 0.1
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,11 @@ class Hull:
         return (1 - margins_of(logits, self.label) / self.margin) / (1 - self.settings.margin)
 
     def off_class(self, logits: Tensor) -> Tensor:
-        """The gradient [N, classes] of what the margins lack: as much as the energy at margin 0."""
+        """The gradient [N, classes] of what margins lack to their floor."""
         floor = self.settings.margin * self.margin
         others = logits.index_fill(1, torch.tensor([self.label], device=logits.device), -math.inf)
         lacking = (margins_of(logits, self.label) < floor).to(logits)
-        pull = lacking * (self.energy / (floor * len(logits)))
+        pull = lacking * (MINDED * self.energy / (floor * len(logits)))
         away = torch.zeros_like(logits).scatter_(1, others.argmax(1, keepdim=True), pull[:, None])
         away[:, self.label] = -pull
         return away

@@ -560,8 +560,9 @@ def _unit(units: tuple[int, ...]) -> int | list[int]:
 
 @cache
 def _versions() -> dict[str, str]:
-    packages = ("polycollide", "torch", "torchvision", "numpy")
-    return {"python": platform.python_version()} | {p: metadata.version(p) for p in packages}
+    packages = ("numpy", "polycollide", "torch", "torchvision")
+    versions = {"python": platform.python_version()} | {p: metadata.version(p) for p in packages}
+    return dict(sorted(versions.items()))
 
 
 def _provenance(subject: Subject, job: Job) -> Provenance:

@@ -2,15 +2,15 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from polycollide.answers import Batch, ItemResult, Page
-from polycollide.errors import InvalidInput, WaitTimeout
-from polycollide.images import REFERENCES, ImageLike, identity, is_reference
+from polycollide.errors import ApiError, InvalidInput, WaitTimeout
+from polycollide.images import REFERENCES, ImageLike, given, identity, is_reference
 from polycollide.jobs import (
     LONG_POLL,
     PAUSE,
@@ -66,7 +66,13 @@ class BatchesClient(JobsClient):
 
         async def upload(image: ImageLike) -> str:
             nonlocal up
-            reference = await self.upload(image)
+            try:
+                reference = await self.upload(image)
+            except ApiError as error:
+                if error.status != 422:
+                    raise
+                where = _first_place(body, image)
+                raise InvalidInput(f"{where}: {error} Nothing was submitted.") from error
             up += 1
             if on_upload:
                 on_upload(up, len(distinct))
@@ -91,9 +97,11 @@ class BatchesClient(JobsClient):
         )
         return self._transport.read(Batch, response)
 
-    async def batches(self) -> AsyncGenerator[Batch]:
-        """Your batches, the newest first."""
-        async for batch in self._listed("batches", Page[Batch], {}):
+    async def batches(
+        self, *, label: str | None = None, limit: int | None = None
+    ) -> AsyncGenerator[Batch]:
+        """Your batches, the newest first, at most `limit` of them, without their errors."""
+        async for batch in self._listed("batches", Page[Batch], {"label": label}, limit):
             yield batch
 
     async def wait_batch(
@@ -143,6 +151,25 @@ class BatchesClient(JobsClient):
             async for item in items:
                 yield item
 
+    async def results_csv(self, batch: BatchLike) -> str:
+        """A table of the jobs of a batch that are done, in order of their index."""
+        url = path("batches", id_of(batch), "results.csv")
+        return (await self._transport.ask("GET", url, wait=BATCH_SECONDS)).text
+
+    async def download_results(self, batch: BatchLike, file: str | Path) -> Path:
+        """Writes the results of a batch's jobs that are done: as a table into `....csv`,
+        else as JSON lines. An earlier file stays until all of them are here.
+        """
+        file = Path(file)
+        part = file.with_name(f"{file.name}.part")
+        with part.open("w", encoding="utf-8", newline="") as lines:
+            if file.suffix == ".csv":
+                lines.write(await self.results_csv(batch))
+            else:
+                async for item in self.iter_results(batch):
+                    lines.write(f"{item.model_dump_json()}\n")
+        return part.replace(file)
+
 
 def read_body(
     items: Items | None, grid: Mapping[str, Any] | None, deadline_seconds: float | None
@@ -172,6 +199,14 @@ def image_places(body: dict[str, Any]) -> list[tuple[Any, Any]]:
     return [(images, i) for images in sides for i in range(len(images))]
 
 
+def _first_place(body: dict[str, Any], image: ImageLike) -> str:
+    """Where an image stands, in words."""
+    for index, item in enumerate(body.get("items", ())):
+        if identity(image) in (identity(item.get("source")), identity(item.get("target"))):
+            return f"Item {index}"
+    return "The grid"
+
+
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """The items of a file of JSON lines; paths of images in it are taken from its folder."""
     try:
@@ -179,22 +214,38 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise InvalidInput(f"{str(file)!r} cannot be read ({reason}); check the path.") from error
-    return list(parse_jsonl(text, name=file.name, folder=file.parent))
+    return parse_jsonl(text, name=file.name, folder=file.parent)
 
 
-def parse_jsonl(text: str, *, name: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """The items in `text`, one a line."""
+def parse_jsonl(text: str, *, name: str, folder: Path) -> list[dict[str, Any]]:
+    """The items in `text`, one a line. Raises InvalidInput, which names a line that is none."""
+    items, readable = [], set[Path]()
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InvalidInput(f"{name}, line {number}, is no JSON: {error}.") from error
-        if not isinstance(item, dict):
-            raise InvalidInput(f"{name}, line {number}, is no JSON object; write {{...}}.")
-        for part in ("source", "target"):
-            image = item.get(part)
-            if isinstance(image, str) and not image.startswith(REFERENCES):
-                item[part] = folder / image
-        yield item
+            items.append(_parse_item(line, folder, readable))
+        except InvalidInput as error:
+            where = f"Line {number} of {name}"
+            raise InvalidInput(f"{where}: {error} Nothing was submitted.") from error
+    if not items:
+        raise InvalidInput(f"{name} has no items.")
+    return items
+
+
+def _parse_item(line: str, folder: Path, readable: set[Path]) -> dict[str, Any]:
+    """An item, whose own images can be read; `readable` are those that were tried before."""
+    try:
+        item = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"This is no JSON: {error}.") from error
+    if not isinstance(item, dict):
+        raise InvalidInput("This is no JSON object; write {...}.")
+    for part in ("source", "target"):
+        image = item.get(part)
+        if isinstance(image, str) and not image.startswith(REFERENCES):
+            item[part] = folder / image
+            if item[part] not in readable:
+                given(item[part])
+                readable.add(item[part])
+    return item

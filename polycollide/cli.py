@@ -1,6 +1,7 @@
 """The `polycollide` command. Each command opens the module that does its work when it is called."""
 
 import os
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,6 @@ from polycollide import commands
 from polycollide.options import Corners, Image, Json, Layer, Model, Preset, Settings
 
 app = typer.Typer(
-    help="Finds, measures and proves approximate feature collisions in image classifiers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -22,6 +22,21 @@ COMPUTING = ("matplotlib", "PIL", "safetensors", "scipy", "torch", "torchvision"
 Device = Annotated[
     str | None, typer.Option(help="cpu or cuda; the GPU is taken where there is one.")
 ]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"polycollide {metadata.version('polycollide')}")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Finds, measures and proves approximate feature collisions in image classifiers."""
 
 
 @app.command()
@@ -40,10 +55,13 @@ def run(
     device: Device = None,
 ) -> None:
     """Find colliding images here and now, with no server."""
-    from polycollide import local
+    from polycollide import asked
 
     named = {"model": model, "layer": layer, "corners": corners, "preset": preset}
-    local.run(source, target, named, settings or [], out=out, json=json, device=device)
+    job = asked.read(source, target, named, settings or [])
+    from polycollide import local
+
+    local.run(job, out=out, json=json, device=device)
 
 
 @app.command()
@@ -73,19 +91,26 @@ def models() -> None:
 def reproduce(
     experiment: Annotated[str, typer.Argument(help="table1.")],
     pairs: Annotated[int, typer.Option(min=1, max=360, help="Digit pairs to average over.")] = 20,
+    beyond: Annotated[
+        bool, typer.Option("--beyond", help="What is past the paper: hulls, exact corners, proofs.")
+    ] = False,
     json: Json = False,
     device: Device = None,
 ) -> None:
     """Run an experiment of the paper and print its rows beside ours."""
     from polycollide import reproduce
 
-    reproduce.run(experiment, pairs=pairs, json=json, device=device)
+    reproduce.run(experiment, pairs=pairs, beyond=beyond, json=json, device=device)
 
 
 app.add_typer(commands.service)
 
 OPERATING = "Run the service"
-keys = typer.Typer(no_args_is_help=True, help="Create, list and revoke API keys.")
+keys = typer.Typer(
+    no_args_is_help=True,
+    help="Create, list and revoke API keys of a service whose database POLYCOLLIDE_DATABASE_URL "
+    "names. What `polycollide up` runs needs none: it is open to this machine alone.",
+)
 app.add_typer(keys, name="keys", rich_help_panel=OPERATING)
 
 

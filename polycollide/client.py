@@ -176,6 +176,8 @@ class Client:
     wait_batch = _blocking(AsyncClient.wait_batch)
     cancel_batch = _blocking(AsyncClient.cancel_batch)
     iter_results = _iterating(AsyncClient.iter_results)
+    results_csv = _blocking(AsyncClient.results_csv)
+    download_results = _blocking(AsyncClient.download_results)
     models = _blocking(AsyncClient.models)
     model = _blocking(AsyncClient.model)
 

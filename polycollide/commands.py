@@ -23,7 +23,9 @@ service = typer.Typer()
 Ids = Annotated[list[str], typer.Argument(metavar="ID...", help="Ids of jobs.")]
 SomeIds = Annotated[list[str] | None, typer.Argument(metavar="[ID...]", help="Ids of jobs.")]
 Batch = Annotated[str | None, typer.Option(metavar="ID", help="The jobs of this batch.")]
-Label = Annotated[str | None, typer.Option(help="The jobs with this label.")]
+Label = Annotated[
+    str | None, typer.Option(help="The jobs with this label, or of a batch that has it.")
+]
 Timeout = Annotated[
     float | None, typer.Option(min=0, metavar="SECONDS", help="Give up waiting after that.")
 ]
@@ -98,15 +100,21 @@ def list_jobs(
     ] = None,
     batch: Batch = None,
     label: Label = None,
+    batches: Annotated[bool, typer.Option("--batches", help="Batches instead of jobs.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
     json: Json = False,
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
-    """List jobs, the newest first."""
+    """List jobs, or batches, the newest first."""
     from polycollide import remote
 
+    if batches and (status or batch):
+        raise typer.BadParameter("--status and --batch are for jobs; leave them or --batches out.")
     with remote.connected(url, api_key) as client:
+        if batches:
+            remote.list_batches(client, label=label, limit=limit, json=json)
+            return
         remote.list_jobs(client, status=status, batch=batch, label=label, limit=limit, json=json)
 
 
@@ -123,14 +131,19 @@ def cancel(
 
 @service.command()
 def fetch(
-    id: Annotated[str, typer.Argument(metavar="ID", help="The id of a job.")],
+    id: Annotated[str, typer.Argument(metavar="ID", help="The id of a job, or of a batch.")],
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where corners, samples and pictures go.")
+        Path,
+        typer.Option(
+            metavar="DIR|FILE",
+            help="Where a job's corners, samples and pictures go; of a batch a file for all "
+            "results, results.jsonl or, as a table, results.csv.",
+        ),
     ],
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Fetch all that a job found: the files that `run --out` writes."""
+    """Fetch all that a job found, the files that `run --out` writes, or the results of a batch."""
     from polycollide import remote
 
     with remote.connected(url, api_key) as client:
@@ -152,7 +165,9 @@ def batch(
     wait: Annotated[bool, typer.Option("--wait", help="Wait until every job is done.")] = False,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="results.jsonl", help="Wait, and write every result there."),
+        typer.Option(
+            metavar="results.jsonl|results.csv", help="Wait, and write every result there."
+        ),
     ] = None,
     json: Json = False,
     url: Url = None,

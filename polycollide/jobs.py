@@ -138,7 +138,7 @@ class JobsClient:
             counts = Counter(job.status for job in left)
             states = ", ".join(f"{count} {status}" for status, count in counts.items())
             raise WaitTimeout(
-                f"Not every job was done within {timeout:g} s ({states or 'no answer'}); "
+                f"Not every job was done within {timeout:g} s{f' ({states})' if states else ''}; "
                 "they go on, wait again.",
                 left,
             ) from error

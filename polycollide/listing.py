@@ -1,5 +1,8 @@
 """How the commands speak: tables on standard output, all else beside it."""
 
+import os
+import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import typer
@@ -13,12 +16,26 @@ console = Console(markup=False)
 aside = Console(stderr=True, markup=False)
 
 
-def listing(*columns: str, justify: JustifyMethod = "left") -> Table:
-    """An open table whose long words are folded rather than cut."""
+def listing(*columns: str, justify: JustifyMethod = "left", whole: Sequence[str] = ()) -> Table:
+    """An open table whose long words are folded rather than cut; columns of `whole` never give."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in columns:
-        table.add_column(name, justify=justify, overflow="fold")
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name in whole)
     return table
+
+
+def cut(text: str) -> Text:
+    """A cell that ends in an ellipsis where its column is too narrow."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
+def show_json(text: str) -> None:
+    """Prints for programs; one that has read enough, as `head` does, ends the command silently."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed later
+        raise typer.Exit(1) from None
 
 
 def fail(message: str) -> NoReturn:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from polycollide.answers import FINAL, Batch, Job
 from polycollide.client import Client
-from polycollide.listing import aside, listing
+from polycollide.listing import aside, cut, listing
 
 STATES = ("succeeded", "failed", "canceled", "running", "canceling", "queued")
 FEW = 20  # so many jobs all get a line; of more, those that run
@@ -127,17 +127,18 @@ def _bars(view: View) -> Table:
         jobs = [job for job in jobs if job.status in ("running", "canceling")]
         jobs.sort(key=lambda job: job.progress is None)  # those that tell of themselves come first
     room = max(1, aside.height - 6)
-    table = listing("job", "status", "", "step", "worst L_pos", "rows left", "steps/s")
+    columns = ("status", "", "step", "worst L_pos", "rows left", "steps/s")
+    table = listing("job", *columns, whole=columns)
     for job in jobs[:room]:
         progress, most = job.progress, job.spec.get("max_steps")
         bar: ProgressBar | str = ""
         cells = ["", "", "", ""]
         if progress and not job.done:
-            bar = ProgressBar(total=most or 1, completed=progress.steps, width=20)
+            bar = ProgressBar(total=most or 1, completed=progress.steps, width=12)
             numbers = (progress.worst_l_pos, progress.rows_left, progress.steps_per_second)
             shown = ["" if number is None else f"{number:.3g}" for number in numbers]
             cells = [f"{progress.steps}/{most}" if most else f"{progress.steps}", *shown]
-        table.add_row(job.custom_id or job.id, job.status, bar, *cells)
+        table.add_row(cut(job.custom_id or job.id), job.status, bar, *cells)
     if len(jobs) > room:
         table.add_row(f"... and {len(jobs) - room} more")
     return table

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import typer
-from pydantic import ValidationError
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -20,46 +19,37 @@ from rich.text import Text
 from core import artifacts, images, job
 from core import models as registry
 from core.engine import Group
-from core.errors import CoreError, InvalidSpec, UnknownName
-from core.result import Result
+from core.errors import CoreError, InvalidSpec
+from core.result import Result, claims
 from core.spec import CollisionSpec
 from core.taps import matmul_precision, open_tap
 from polycollide import results
-from polycollide.listing import aside, console, fail, listing
-from polycollide.settings import merge
+from polycollide.asked import Asked
+from polycollide.listing import aside, console, cut, fail, listing, show_json
 
 OUT_OF_MEMORY = "The device's memory does not hold this job; ask for fewer corners."
 
 
-def run(
-    source: str,
-    target: str,
-    named: dict[str, Any],
-    settings: list[str],
-    *,
-    out: Path | None,
-    json: bool,
-    device: str | None,
-) -> None:
-    """One job from images and settings as they were typed; prints its result and writes it to out.
+def run(asked: Asked, *, out: Path | None, json: bool, device: str | None) -> None:
+    """One job; prints its result and writes it to out.
 
     Ctrl-C ends the optimisation; what it has found is measured, printed and written all the same.
     """
+    spec = asked.spec
     with in_one_sentence(), first_interrupt_asks() as interrupted:
-        spec = build_spec(named, settings)
         if out:  # before the work, not after it
             out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=out).close()
         subject = job.Subject.open(spec, pick_device(device))
         prepare = subject.model.preprocessing
-        source_image = images.load(*images.read(source), prepare)
-        target_image = images.load(*images.read(target), prepare)
+        source_image = images.load(*asked.source, prepare)
+        target_image = images.load(*asked.target, prepare)
         with progress_bar(spec) as on_progress:
             done, outcome = job.run(
                 subject, spec, source_image, target_image, on_progress, interrupted
             )
         if json:
-            print(outcome.result.model_dump_json(indent=2))
+            show_json(outcome.result.model_dump_json(indent=2))
         else:
             show(outcome.result)
         if out:
@@ -72,11 +62,12 @@ def run(
 
 def models() -> None:
     """Prints the registry."""
-    table = listing("model", "weights", "input", "classes", "origin", "here")
+    others = ("input", "out", "origin", "here")
+    table = listing("model", "weights", *others, whole=("model", *others))
     with in_one_sentence():
         for listed in registry.listed():
-            shape = " x ".join(map(str, listed.input_shape)) if listed.input_shape else ""
-            weights = ", ".join(listed.weights)
+            shape = "x".join(map(str, listed.input_shape)) if listed.input_shape else ""
+            weights = cut("\n".join(listed.weights))
             here = "yes" if listed.ready else ""
             table.add_row(
                 listed.name, weights, shape, str(listed.classes or ""), listed.origin, here
@@ -90,7 +81,7 @@ def layers(model: str, weights: str | None, target: str | None, *, device: str |
         opened = registry.load(model, weights=weights, device=pick_device(device))
         image = images.load(*images.read(target), opened.preprocessing) if target else None
         columns = ("active", "dimension at most") if image else ()
-        table = listing("layer", "shape", "units", "cut", *columns)
+        table = listing("layer", "shape", "units", "cut", *columns, whole=("layer",))
         with Progress(console=aside, transient=True, disable=not aside.is_terminal) as bar:
             for layer in bar.track(job.describe(opened), description="layers"):
                 shape = " x ".join(map(str, layer.shape))
@@ -111,32 +102,6 @@ def _target_columns(
     tap = open_tap(classifier.normalize, classifier.network, layer.name, image)
     active = int((tap(image) > 0).sum())
     return str(active), str(max(0, image.numel() - active)) if layer.affine else ""
-
-
-def build_spec(named: dict[str, Any], settings: list[str]) -> CollisionSpec:
-    """The spec from named options and `NAME=VALUE` settings, values in JSON or plain words."""
-    try:
-        given = merge(named, settings)
-    except ValueError as error:
-        raise InvalidSpec(str(error)) from error
-    for name in given:
-        if name not in CollisionSpec.model_fields:
-            raise UnknownName("setting", name, CollisionSpec.model_fields)
-    try:
-        return CollisionSpec.model_validate(given)
-    except ValidationError as error:
-        raise InvalidSpec(one_sentence(error)) from error
-
-
-def one_sentence(error: ValidationError) -> str:
-    """What pydantic has against a spec, in one sentence."""
-    wrong = error.errors(include_url=False)
-    listed = [
-        f"{'.'.join(map(str, e['loc'][:2]))}: {e['msg']}" if e["loc"] else e["msg"] for e in wrong
-    ]
-    # Of a field that takes this or that, the first complaint is enough.
-    first = {e["loc"][:1]: text for e, text in reversed(list(zip(wrong, listed, strict=True)))}
-    return "; ".join(text.removeprefix("Value error, ") for text in reversed(first.values()))
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -170,6 +135,7 @@ def show(result: Result) -> None:
         *("#", "unit", "steps", "L_pos", "violation", "label", probability, "8-bit"),
         *("to source", "to target"),
         justify="right",
+        whole=("#", "steps", "L_pos", "violation"),
     )
     for c in result.corners:
         unit = "" if c.unit is None else str(c.unit)
@@ -221,6 +187,8 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
         )
     if ball := result.ball:
         yield f"ball, radius {ball.radius:.2f}", percent(ball.accuracy, ball.accuracy_interval)
+    for name, text in claims(result):
+        yield name[0].lower() + name[1:], text
     for note in result.notes:
         yield "note", note
 

@@ -4,6 +4,9 @@ from typing import Annotated
 
 import typer
 
+# Those of core.spec, which is not opened for a line of help; a test compares them.
+PRESETS = ("hull", "paper-mnist", "paper-vgg16-pixels")
+
 Image = Annotated[
     str, typer.Option(metavar="IMAGE", help="A file, or a sample such as sample:mnist/3-0.")
 ]
@@ -11,13 +14,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON ins
 Model = Annotated[str | None, typer.Option(help="A name from `polycollide models`.")]
 Layer = Annotated[str | None, typer.Option(help="A name from `polycollide layers`.")]
 Corners = Annotated[int | None, typer.Option(help="Corners of the polytope, 1 to 256.")]
-Preset = Annotated[str | None, typer.Option(help="Settings to start from: paper-mnist.")]
+Preset = Annotated[str | None, typer.Option(help=f"Settings to start from: {', '.join(PRESETS)}.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="NAME=VALUE",
-        help="Any other setting, such as alpha=10, interpolation.samples=500 or units=[3,17].",
+        help="Any other setting, such as alpha=10, interpolation.samples=500 or units=[5,17].",
     ),
 ]
 Labels = Annotated[

@@ -1,24 +1,31 @@
 """What the commands that speak to a service do."""
 
+import csv
+import io
 import json as jsonlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from polycollide import live, settings
-from polycollide.answers import Batch, Job
+from polycollide.answers import Batch, Failure, Job
 from polycollide.batches import parse_jsonl
 from polycollide.client import Client
-from polycollide.errors import InvalidInput, PolycollideError
-from polycollide.listing import aside, console, fail, listing
+from polycollide.errors import ApiError, InvalidInput, PolycollideError
+from polycollide.listing import aside, console, cut, fail, listing, show_json
 
-SHOWN_REFUSED = 10
+SHOWN_REFUSED, SHOWN_FAILED, SHOWN_REMARKS = 10, 20, 20
+READ = 200  # results that are read for the sake of what they warn of
+REMARKS = {"warnings": "Warning", "notes": "Note"}  # of a result, and of a row of results.csv
 
 
 @contextmanager
@@ -73,7 +80,9 @@ def submit(
 
 def wait(client: Client, ids: list[str], *, timeout: float | None, json: bool) -> None:
     """Waits for jobs and prints how they ended."""
-    _end(_wait(client, ids, timeout), json=json)
+    with _ids_of_jobs(client, ids, "watch --batch {}"):
+        ended = _wait(client, ids, timeout)
+    _end(ended, json=json)
 
 
 def watch(client: Client, ids: list[str], *, batch: str | None, label: str | None) -> None:
@@ -92,12 +101,21 @@ def watch(client: Client, ids: list[str], *, batch: str | None, label: str | Non
         look, again = live.at_label(client, label), f"--label {label}"
     else:
         look, again = live.at_jobs(client, ids), " ".join(ids[:3])
-    with _interruptible(f"polycollide watch {again}"):
+    with (
+        _interruptible(f"polycollide watch {again}"),
+        _ids_of_jobs(client, ids, "watch --batch {}"),
+    ):
         view = live.follow(look)
     if not view.counts.total():
-        console.print("There is no such job.")
-        return
+        fail(f"There is no job with label {label!r}." if label else "There is no such job.")
     console.print(str(view), highlight=False, soft_wrap=True)
+    if batch:
+        _say_ends_of_batch(client, batch)
+    else:
+        # Those of a list come without their results.
+        ends = live.at_jobs(client, [job.id for job in view.jobs[:READ]])() if label else view
+        _say_failures((job.id, job.error) for job in ends.jobs)
+        _say_remarks((job.id, job.result) for job in ends.jobs)
     _fail_if(view.counts["succeeded"] < view.counts.total())
 
 
@@ -113,18 +131,35 @@ def list_jobs(
     """Prints jobs."""
     jobs = list(client.jobs(status=status, batch=batch, label=label, limit=limit))
     if json:
-        _print_json([job.model_dump(mode="json") for job in jobs])
+        _print_json([job.model_dump(mode="json", exclude={"result"}) for job in jobs])
         return
-    table = listing("job", "status", "model", "layer", "age", "labels")
-    table.columns[0].no_wrap = True
+    whole = ("job", "status", "age")
+    table = listing("job", "status", "model", "layer", "age", "labels", whole=whole)
     for job in jobs:
-        spec, labels = job.spec, ", ".join(job.labels)
-        names = (str(spec.get("model", "")), str(spec.get("layer", "")))
+        names = [cut(str(job.spec.get(name, ""))) for name in ("model", "layer")]
+        labels = cut(", ".join(job.labels))
         table.add_row(job.id, job.status, *names, _age(job.created_at), labels)
     console.print(table)
     reasons = {job.status_reason for job in jobs if job.status == "queued" and job.status_reason}
     for reason in sorted(reasons):
         console.print(f"queued: {reason}", highlight=False, soft_wrap=True)
+
+
+def list_batches(client: Client, *, label: str | None, limit: int, json: bool) -> None:
+    """Prints batches."""
+    batches = list(client.batches(label=label, limit=limit))
+    if json:
+        _print_json([batch.model_dump(mode="json", exclude={"errors"}) for batch in batches])
+        return
+    whole = ("batch", "age", "done", "failed", "refused")
+    table = listing("batch", "age", "done", "failed", "refused", "labels", whole=whole)
+    for batch in batches:
+        view = live.View(live.counts_of(batch), [])
+        refused = batch.request_counts.get("refused", 0)
+        counts = (f"{view.done} of {view.counts.total()}", view.counts["failed"], refused)
+        labels = cut(", ".join(batch.labels))
+        table.add_row(batch.id, _age(batch.created_at), *map(str, counts), labels)
+    console.print(table)
 
 
 def cancel(client: Client, ids: list[str], *, batch: str | None) -> None:
@@ -138,20 +173,30 @@ def cancel(client: Client, ids: list[str], *, batch: str | None) -> None:
     failed = False
     for id in ids:
         try:
-            job = client.cancel(id)
+            with _ids_of_jobs(client, [id], "cancel --batch {}"):
+                job = client.cancel(id)
         except PolycollideError as error:
             failed = True
-            aside.print(f"{id}: {error}", highlight=False, soft_wrap=True)
+            text = str(error)
+            text = text if text.startswith(id) else f"{id}: {text}"
+            aside.print(text, highlight=False, soft_wrap=True)
         else:
             console.print(f"{job.id} {job.status}", highlight=False, soft_wrap=True)
     _fail_if(failed)
 
 
 def fetch(client: Client, id: str, out: Path) -> None:
-    """Writes all that a job found into a folder."""
-    files = client.download(id, out)
+    """Writes all that a job found into a folder, or a batch's results into a file."""
+    if out.suffix in (".csv", ".jsonl"):
+        client.download_results(id, out)
+        console.print(f"{out}: {_counts(client.get_batch(id))}", highlight=False, soft_wrap=True)
+        _say_ends_of_batch(client, id)
+        return
+    with _ids_of_jobs(client, [id], "fetch {} --out results.jsonl"):
+        files = client.download(id, out)
     names = ", ".join(file.name for file in files)
     console.print(f"{out}: {names}", highlight=False, soft_wrap=True)
+    _say_remarks([(id, jsonlib.loads((out / "result.json").read_bytes()))])
 
 
 def batch(
@@ -165,11 +210,11 @@ def batch(
     json: bool,
 ) -> None:
     """Submits many jobs and prints the id of their batch; waits and writes results where asked."""
-    items: Any = Path(file)
-    if file == "-":
-        items = list(parse_jsonl(sys.stdin.read(), name="standard input", folder=Path()))
     if out:  # before the work, not after it
         out.open("a").close()
+    items: Any = Path(file)
+    if file == "-":
+        items = parse_jsonl(sys.stdin.read(), name="standard input", folder=Path())
     with _bar("uploaded") as bar:
         task = bar.add_task("", total=None, visible=False)
         submitted = client.batch(
@@ -187,11 +232,9 @@ def batch(
         submitted = _wait_batch(client, submitted)
         if not json:
             console.print(_counts(submitted), highlight=False, soft_wrap=True)
-    if out:
-        part = out.with_name(f"{out.name}.part")
-        with part.open("w", encoding="utf-8") as lines:
-            lines.writelines(f"{r.model_dump_json()}\n" for r in client.iter_results(submitted))
-        part.replace(out)
+        if out:
+            client.download_results(submitted, out)
+        _say_ends_of_batch(client, submitted.id, remarks=not json)
     if json:
         _print_json(submitted.model_dump(mode="json"))
     counts = live.counts_of(submitted)
@@ -249,11 +292,12 @@ def _end(jobs: list[Job], *, json: bool, one: bool = False) -> None:
         dumped = [job.model_dump(mode="json") for job in jobs]
         _print_json(dumped[0] if one else dumped)
     else:
-        table = listing("job", "status", "converged", "spread", "colliding")
-        table.columns[0].no_wrap = True
+        columns = ("job", "status", "converged", "spread", "colliding")
+        table = listing(*columns, whole=columns)
         for job in jobs:
             table.add_row(job.id, job.status, *_measures(job.result or {}))
         console.print(table)
+        _say_remarks((job.id, job.result) for job in jobs)
     for job in jobs:
         if job.error:
             aside.print(f"{job.id}: {job.error.message}", highlight=False, soft_wrap=True)
@@ -268,6 +312,72 @@ def _measures(result: dict[str, Any]) -> Iterator[str]:
         yield "" if spread is None else f"{spread:.3f}"
         accuracy = (result.get("interpolation") or {}).get("accuracy")
         yield "" if accuracy is None else f"{100 * accuracy:.1f} %"
+
+
+def _say_remarks(results: Iterable[tuple[str, Mapping[str, Any] | None]]) -> None:
+    """What results, by their names, warn of and note; once what several say."""
+    said: dict[tuple[str, str], list[str]] = {}
+    measured = [(name, result) for name, result in results if result]
+    for field, kind in REMARKS.items():
+        for name, result in measured:
+            for remark in result.get(field) or ():
+                said.setdefault((kind, remark), []).append(name)
+    for (kind, remark), names in islice(said.items(), SHOWN_REMARKS):
+        whose = names[0] if len(names) == 1 else f"{len(names)} of {len(measured)} jobs"
+        of = f" ({whose})" if len(measured) > 1 else ""
+        console.print(Text.assemble((f"{kind}:", "yellow"), f" {remark}{of}"), soft_wrap=True)
+    if len(said) > SHOWN_REMARKS:
+        console.print(f"... and {len(said) - SHOWN_REMARKS} more.", highlight=False)
+
+
+def _say_failures(failures: Iterable[tuple[str, Failure | None]]) -> None:
+    """Why jobs, by their names, failed."""
+    failed = [(name, error) for name, error in failures if error]
+    for name, error in failed[:SHOWN_FAILED]:
+        text = f"{name} failed: {error.message} [{error.code}]"
+        aside.print(text, highlight=False, soft_wrap=True)
+    if len(failed) > SHOWN_FAILED:
+        aside.print(f"... and {len(failed) - SHOWN_FAILED} more.")
+
+
+def _say_ends_of_batch(client: Client, id: str, *, remarks: bool = True) -> None:
+    """Why jobs of a batch failed, and what the results of the others say beside their numbers."""
+    rows = list(csv.DictReader(io.StringIO(client.results_csv(id))))
+    for row in rows:
+        row["name"] = f"Item {row['index']}" + (f" ({row['custom_id']})" * bool(row["custom_id"]))
+    _say_failures(
+        (row["name"], Failure(code=row["error_code"], message=row.get("error_message") or ""))
+        for row in rows
+        if row["error_code"]
+    )
+    if remarks:
+        succeeded = [row for row in rows if row["status"] == "succeeded"]
+        _say_remarks(
+            (row["name"], {field: filter(None, [row.get(field)]) for field in REMARKS})
+            for row in succeeded
+        )
+
+
+@contextmanager
+def _ids_of_jobs(client: Client, ids: Iterable[str], of_batch: str) -> Iterator[None]:
+    """Where the service knows no such job, says what an id is instead, and what to type."""
+    try:
+        yield
+    except ApiError as error:
+        if error.status not in (404, 422):
+            raise
+        for id in ids:
+            try:
+                UUID(id)
+            except ValueError:
+                raise InvalidInput(f"{id} is no job's id; see `polycollide list`.") from error
+            try:
+                client.get_batch(id)
+            except PolycollideError:
+                continue
+            command = f"polycollide {of_batch.format(id)}"
+            raise InvalidInput(f"{id} is a batch; type `{command}`.") from error
+        raise
 
 
 def _say_refused(batch: Batch) -> None:
@@ -294,7 +404,7 @@ def _age(time: datetime | None) -> str:
 
 
 def _print_json(value: Any) -> None:
-    print(jsonlib.dumps(value, indent=2))
+    show_json(jsonlib.dumps(value, indent=2))
 
 
 def _fail_if(failed: bool) -> None:

@@ -8,7 +8,7 @@ from polycollide.answers import Job
 
 # What a result may leave in a folder; all of it goes before another result comes in.
 OURS = re.compile(
-    r"result\.json|corner-\d+\.png|(corners|samples|snapshots)\.npz|(figure|curves|snapshots)\.png"
+    r"result\.json|corner-\d+\.png|(corners|samples|snapshots)\.npz|(figure|curves|hull|snapshots|worst)\.png"
 )
 ARTIFACT = re.compile(r"([a-z]+)_(npz|png)")
 

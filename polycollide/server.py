@@ -35,6 +35,7 @@ WORKER_GRACE = 60.0
 # After a kill -9 of ours nobody waits for that, and `up`'s Postgres ends too: leases recover it.
 ORPHAN_GRACE = 5.0
 READY_WITHIN = 60.0
+UP = "(What `polycollide up` runs needs no keys: it is open to this machine alone.)"
 # `timeout` and some shells signal a process and then its group: that is one wish, not two.
 ONE_WISH = 0.5
 
@@ -121,7 +122,7 @@ def migrate_database() -> None:
 
 def create_key(name: str) -> None:
     """Makes an API key and shows it, this once."""
-    with in_one_sentence(), transaction() as connection:
+    with in_one_sentence(UP), transaction() as connection:
         _, full = keys.create(connection, name)
         console.print(full, soft_wrap=True)
         aside.print("Keep it: it cannot be shown again.")
@@ -129,8 +130,8 @@ def create_key(name: str) -> None:
 
 def list_keys() -> None:
     """Prints the API keys."""
-    with in_one_sentence(), transaction() as connection:
-        table = listing("prefix", "name", "created", "revoked")
+    with in_one_sentence(UP), transaction() as connection:
+        table = listing("prefix", "name", "created", "revoked", whole=("prefix",))
         for key in keys.listed(connection):
             revoked = f"{key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else ""
             table.add_row(key.prefix, key.name, f"{key.created_at:%Y-%m-%d %H:%M}", revoked)
@@ -139,7 +140,7 @@ def list_keys() -> None:
 
 def revoke_key(prefix: str) -> None:
     """Closes an API key for good."""
-    with in_one_sentence(), transaction() as connection:
+    with in_one_sentence(UP), transaction() as connection:
         if keys.revoke(connection, prefix) is None:
             raise StackError(f"There is no open key {prefix!r}; see `polycollide keys list`.")
 
@@ -273,14 +274,17 @@ def transaction() -> Iterator[Connection]:
 
 
 @contextmanager
-def in_one_sentence() -> Iterator[None]:
-    """Errors that an operator can act on end the command with a sentence, not a traceback."""
+def in_one_sentence(hint: str = "") -> Iterator[None]:
+    """Errors that an operator can act on end the command with a sentence, not a traceback.
+
+    `hint` is for those who may be at the wrong database, or at none.
+    """
     try:
         yield
     except KeyboardInterrupt:
         raise typer.Exit(128 + signal.SIGINT) from None
     except StackError as error:
-        message = str(error)
+        message, hint = str(error), ""
     except ValidationError as error:
         message = "; ".join(map(_of_setting, error.errors()))
     except ArgumentError:
@@ -294,7 +298,7 @@ def in_one_sentence() -> Iterator[None]:
         message = f"The database cannot be migrated; it may be newer than this program: {error}"
     else:
         return
-    fail(message)
+    fail(f"{message} {hint}".rstrip())
 
 
 def _of_setting(error: ErrorDetails) -> str:

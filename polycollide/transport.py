@@ -55,6 +55,8 @@ class Transport:
                 mounts=LOOPBACK,
                 limits=httpx.Limits(max_keepalive_connections=32),
             )
+            if self.http.base_url.scheme not in ("http", "https") or not self.http.base_url.host:
+                raise ValueError("it begins with neither http:// nor https://")
         except (httpx.InvalidURL, ValueError) as error:
             raise InvalidInput(f"{self.base_url!r} is no URL ({error}); check {URL}.") from error
 

@@ -166,6 +166,7 @@ _GET = text(f"""
 _PAGE = text(f"""
     {_HEAD}, NULL AS errors FROM batches
     WHERE key_id = :key_id AND (CAST(:before AS bigint) IS NULL OR seq < :before)
+    AND labels @> CAST(:labels AS text[])
     ORDER BY seq DESC LIMIT :limit
 """)
 
@@ -178,10 +179,16 @@ async def get(connection: AsyncConnection, *, key_id: UUID, batch_id: UUID) -> B
 
 
 async def page(
-    connection: AsyncConnection, *, key_id: UUID, limit: int, before: int | None = None
+    connection: AsyncConnection,
+    *,
+    key_id: UUID,
+    limit: int,
+    before: int | None = None,
+    label: str | None = None,
 ) -> list[Batch]:
     """Up to `limit` batches of a key, the newest first, those older than `before` (a `seq`)."""
-    params = {"key_id": key_id, "before": before, "limit": limit}
+    labels = [] if label is None else [label]
+    params = {"key_id": key_id, "before": before, "labels": labels, "limit": limit}
     found = await connection.execute(_PAGE, params)
     return await _counted(connection, found.mappings().all())
 
@@ -247,6 +254,15 @@ _RESULTS = text(f"""
     )::text
     FROM jobs LEFT JOIN metrics ON metrics.job_id = jobs.id {_FINISHED}
 """)
+
+
+def _sentences(field: str) -> str:
+    """A list of sentences in `details`, one after the other."""
+    return (
+        f"(SELECT string_agg(each, '; ') FROM jsonb_array_elements_text(details->'{field}') each)"
+    )
+
+
 # A column and what it holds, of a table with a row for each finished job.
 TABLE_COLUMNS = {
     "index": "jobs.batch_index",
@@ -254,6 +270,7 @@ TABLE_COLUMNS = {
     "job_id": "jobs.id",
     "status": "jobs.status",
     "error_code": "jobs.error->>'code'",
+    "error_message": "jobs.error->>'message'",
     "model": "jobs.model",
     "layer": "jobs.spec->>'layer'",
     "corners": "jobs.corners",
@@ -269,6 +286,8 @@ TABLE_COLUMNS = {
     "mean_probability_8bit": "(details->'interpolation'->>'mean_probability_8bit')::float8",
     "min_probability": "metrics.min_probability",
     "labels": "jobs.labels",
+    "warnings": _sentences("warnings"),
+    "notes": _sentences("notes"),
 }
 _TABLE = text(f"""
     SELECT {", ".join(f"{value} AS {name}" for name, value in TABLE_COLUMNS.items())}

@@ -158,6 +158,12 @@ _CONDITIONS = {
     "batch_id": "batch_id = :batch_id",
     "labels": "labels @> CAST(:labels AS text[])",
 }
+# Ids rather than a subquery: the planner then knows whether two indexes find so few that it is
+# worth it, and a label that no batch has costs what it did.
+_OR_BATCH = " OR batch_id = ANY(CAST(:batches AS uuid[]))"
+_LABELED = text("""
+    SELECT id FROM batches WHERE key_id = :key_id AND labels @> CAST(:labels AS text[])
+""")
 _STANDING = text("""
     SELECT status, CAST(spec->>'figures' AS boolean), CAST(spec->>'snapshots' AS int)
     FROM jobs WHERE id = :id AND key_id = :key_id
@@ -228,13 +234,18 @@ async def page(
 ) -> list[Job]:
     """Up to `limit` jobs of a key, the newest first, those older than `before` (a `seq`).
 
-    Without their results and places in the queue.
+    Without their results and places in the queue. A label is a job's own, or that of its batch.
     """
     given: dict[str, Any] = {"before": before, "status": status, "batch_id": batch_id}
     given["labels"] = None if label is None else [label]
     params = {name: value for name, value in given.items() if value is not None}
-    conditions = " AND ".join(["key_id = :key_id", *(_CONDITIONS[name] for name in params)])
-    statement = text(_LIST.format(conditions=conditions))
+    conditions = ["key_id = :key_id", *(_CONDITIONS[name] for name in params)]
+    if label is not None:
+        labeled = {"key_id": key_id, "labels": [label]}
+        if batches := (await connection.scalars(_LABELED, labeled)).all():
+            conditions[-1] = f"({conditions[-1]}{_OR_BATCH})"
+            params["batches"] = batches
+    statement = text(_LIST.format(conditions=" AND ".join(conditions)))
     found = await connection.execute(statement, params | {"key_id": key_id, "limit": limit})
     return [Job(**row) for row in found.mappings()]
 

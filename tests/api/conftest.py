@@ -256,6 +256,9 @@ def made_up_result(claimed: Claimed) -> dict[str, Any]:
         },
         "interpolation": None,
         "ball": None,
+        "worst": None,
+        "certificate": None,
+        "exact": None,
         "provenance": {
             "versions": {"torch": "2.9"},
             "weights": "shipped",

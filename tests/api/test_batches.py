@@ -14,6 +14,7 @@ import pytest
 from redis import Redis
 from sqlalchemy import text
 
+from core.result import Result
 from polycollide import stack
 from store import workers
 from store.settings import QUEUE, Settings
@@ -127,6 +128,7 @@ def test_what_cannot_be_accepted_is_told_by_index_and_the_rest_runs(client: http
     assert [error["custom_id"] for error in errors[:3]] == ["good", "bad corners", None]
     messages = [error["message"] for error in errors]
     assert messages[1] == "spec.corners: Input should be greater than or equal to 1."
+    assert messages[7].startswith("surprise: There is no field 'surprise'; ")
     assert "'mnist/3-0'" in messages[4] and "paper-mnist" in messages[14]
     assert all(message.endswith((".", "?")) and "\n" not in message for message in messages)
 
@@ -336,7 +338,7 @@ def test_pages_lead_through_all_batches(keyed: Service) -> None:
                 break
             url = f"/v1/batches?limit=2&cursor={page['next_cursor']}"
     assert [batch["id"] for batch in seen] == ids[::-1]
-    assert seen[0]["errors"] == [] and seen[0]["request_counts"]["refused"] == 1
+    assert "errors" not in seen[0] and seen[0]["request_counts"]["refused"] == 1
 
 
 def test_canceling_ends_what_waits_at_once(client: httpx.Client, worker: Worker) -> None:
@@ -404,6 +406,7 @@ def test_results_are_lines_and_rows_in_order_of_index(client: httpx.Client, work
         f'attachment; filename="batch-{batch["id"]}.jsonl"'
     )
     (line,) = response.text.splitlines()
+    assert list(json.loads(line)["result"]) == list(Result.model_fields)
     assert json.loads(line) == {
         "index": 0,
         "custom_id": "@0",
@@ -420,7 +423,12 @@ def test_results_are_lines_and_rows_in_order_of_index(client: httpx.Client, work
     assert (row["status"], row["error_code"], row["converged"]) == ("succeeded", "", "true")
     assert (row["model"], row["layer"], row["seed"]) == ("tell-me", "fc1", "4000000000")
     assert float(row["spread"]) == 0.13 and float(row["mean_pairwise_distance"]) == 1.3
-    assert row["accuracy"] == row["min_probability"] == ""
+    assert row["accuracy"] == row["min_probability"] == row["warnings"] == row["notes"] == ""
+    batch = submit(client, {"items": [item(spec=spec | {"seed": 1, "model": "fail-me"})]})
+    worker.fail(worker.claim(jobs_of(client, batch)[0]), "diverged", "It diverged.")
+    (row,) = csv.DictReader(io.StringIO(client.get(batch["urls"]["results_csv"]).text))
+    assert (row["status"], row["error_code"]) == ("failed", "diverged")
+    assert row["error_message"] == "It diverged."
 
 
 def test_the_doorbell_rings_once_for_each_live_worker(

@@ -66,6 +66,7 @@ def test_a_body_over_the_limit_is_refused_by_its_announced_length(small: Service
             "/v1/jobs", content=content, headers={"Content-Type": "application/json"}
         )
         assert problem(response, 413)["code"] == "body_too_large"
+        assert "over 10,000 bytes" in response.json()["detail"]
         files = {"file": ("a.png", content)}
         assert problem(client.post("/v1/images", files=files), 413)["code"] == "body_too_large"
 

@@ -9,7 +9,8 @@ def test_files_are_served_with_names_and_cached_for_good(
     client: httpx.Client, worker: Worker
 ) -> None:
     job = client.post("/v1/jobs", json=JOB).json()
-    files = {"corners_npz": b"PK1", "samples_npz": b"PK2", "figure_png": png(seed=50)}
+    files = {"corners_npz": b"PK1", "samples_npz": b"PK2", "snapshots_npz": b"PK3"}
+    files |= {"figure_png": png(seed=50), "worst_png": png(seed=51), "hull_png": png(seed=52)}
     worker.succeed(worker.claim(job), **files)
     urls = client.get(job["urls"]["self"]).json()["urls"]
     for name, content in files.items():
@@ -21,10 +22,15 @@ def test_files_are_served_with_names_and_cached_for_good(
         assert response.headers["x-content-type-options"] == "nosniff"
         assert f"{job['id']}-" in response.headers["content-disposition"]
         etag = response.headers["etag"]
+        head = client.head(urls[name])
+        assert (head.status_code, head.content) == (200, b"") and head.headers["etag"] == etag
+        assert head.headers["content-length"] == str(len(content))
         assert client.get(urls[name], headers={"If-None-Match": etag}).status_code == 304
         assert client.get(urls[name], headers={"If-None-Match": "*"}).status_code == 304
     corners = [client.get(url) for url in urls["corners"]]
     assert [corner.content for corner in corners] == [png(seed=0), png(seed=1)]
+    assert client.head(urls["corners"][0]).status_code == 200
+    assert client.put(urls["figure_png"]).headers["allow"] == "GET, HEAD"
     for missing in ("corners/2.png", "curves.png", "snapshots/7.png"):
         response = client.get(f"{urls['self']}/{missing}")
         assert response.status_code == 404 and response.json()["code"] == "no_such_file"

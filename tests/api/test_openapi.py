@@ -1,12 +1,14 @@
 """The app does what its OpenAPI says."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import httpx
 import pytest
 from sqlalchemy import text
 
@@ -15,6 +17,16 @@ from store.settings import Settings
 from .conftest import JOB, MODEL, Worker, png, serve, serving
 
 HOOKS = Path(__file__).with_name("schemathesis_hooks.py")
+
+
+def test_the_page_of_the_docs_needs_nothing_from_afar(client: httpx.Client) -> None:
+    page = client.get("/docs")
+    assert page.status_code == 200
+    linked = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(linked) == 3  # script, style, icon
+    for url in linked:
+        assert url.startswith("/") and client.get(url).status_code == 200
+    assert "http" not in page.text
 
 
 @pytest.mark.timeout(400)

@@ -6,7 +6,7 @@ import torch
 
 from core import certify, interpolate
 from core.engine import CONVERGED, DIVERGED, MAX_STEPS, Engine
-from core.hull import Hull, ascend
+from core.hull import MINDED, Hull, ascend
 from core.images import load, read
 from core.job import Job, Subject, prepare
 from core.objective import Losses, Target, l_neg, l_pos
@@ -106,7 +106,7 @@ def test_margins_below_the_floor_are_pulled_up_and_others_left():
     logits = torch.tensor([[1.0, 2.5, 0.0], [0.0, 9.0, 1.0], [4.0, 1.0, 0.0]], requires_grad=True)
     margins = logits[:, 1] - logits[:, [0, 2]].amax(1)
     assert margins.tolist() == [1.5, 8.0, -3.0]
-    lacking = 3 * (1 - margins / 2).relu().mean()
+    lacking = MINDED * 3 * (1 - margins / 2).relu().mean()
     (expected,) = torch.autograd.grad(lacking, logits)
     assert torch.allclose(hull.off_class(logits.detach()), expected)
     missing = [(8 - 1.5) / 6, 0.0, (8 + 3) / 6]

@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from polycollide.cli import app
+from polycollide.options import PRESETS
 
 PAIR = ("--source", "sample:mnist/3-0", "--target", "sample:mnist/7-0")
 PAPER = ("run", *PAIR, "--preset", "paper-mnist")
 FILES = {"result.json", "figure.png", "curves.png", "snapshots.png"}
-FILES |= {"corners.npz", "samples.npz", "snapshots.npz"}
+FILES |= {"corners.npz", "samples.npz", "snapshots.npz", "hull.png", "worst.png"}
 
 
 def call(*arguments: str) -> Result:
@@ -119,7 +121,8 @@ def test_figures_can_be_left_out(tmp_path):
         ((*PAPER, "--set", "betta=1"), "There is no setting 'betta'; did you mean 'beta'"),
         ((*PAPER, "--set", "beta"), "--set takes NAME=VALUE, not 'beta'"),
         ((*PAPER, "--set", "beta=-1"), "beta"),
-        ((*PAPER, "--set", "interpolation.sample=5"), "interpolation.sample: Extra inputs"),
+        ((*PAPER, "--set", "interpolation.sample=5"), "There is no setting 'sample'; did you mean"),
+        ((*PAPER, "--set", "beta.relative=-1"), "beta.relative: Input should be greater than 0"),
         ((*PAPER, "--corners", "300"), "corners: Input should be less than or equal to 256"),
         (("run", *PAIR, "--model", "mnist-mlp"), "layer: Field required"),
         ((*PAPER, "--device", "tpu"), "There is no device 'tpu' here; take cpu"),
@@ -156,7 +159,7 @@ def test_a_folder_used_again_holds_the_new_result_only(tmp_path):
     few = ("--corners", "2", "--set", "interpolation.samples=0", "--set", "snapshots=0")
     assert call(*PAPER, *few, "--out", str(tmp_path)).exit_code == 0
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == FILES - {"samples.npz", "snapshots.npz", "snapshots.png"} | {
+    assert left == FILES - {"samples.npz", "snapshots.npz", "snapshots.png", "hull.png"} | {
         *("corner-0.png", "corner-1.png", "corner-house.png")
     }
 
@@ -182,6 +185,38 @@ def test_a_client_without_the_core_extra_is_told_what_to_install():
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "pip install 'polycollide[core]'" in done.stderr
+
+
+def test_what_was_mistyped_is_said_before_torch_is_opened(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails
+    monkeypatch.delitem(sys.modules, "polycollide.local", raising=False)
+    for arguments, sentence in (
+        (("--preset", "paper-mnis"), "did you mean 'paper-mnist'"),
+        (("--preset", "paper-mnist", "--corners", "0"), "corners: Input should be greater"),
+        (("--preset", "paper-mnist", "--set", "betta=2"), "did you mean 'beta'"),
+        (("--preset", "paper-mnist", "--set", "beta"), "--set takes NAME=VALUE"),
+        (("--preset", "paper-mnist", "--source", "none.png"), "'none.png' cannot be read"),
+    ):
+        assert sentence in refused("run", *PAIR, *arguments)
+    with pytest.raises(ModuleNotFoundError, match="torch"):  # so the names above did not need it
+        app(PAPER, standalone_mode=False)
+
+
+def test_help_names_every_preset_and_the_version_is_told():
+    from core.spec import PRESETS as KNOWN
+
+    assert set(PRESETS) == set(KNOWN)
+    assert all(name in " ".join(call("run", "--help").stdout.split()) for name in KNOWN)
+    assert call("--version").stdout == f"polycollide {metadata.version('polycollide')}\n"
+
+
+def test_whoever_has_read_enough_json_ends_the_command_silently():
+    ours, theirs = os.pipe()
+    os.close(ours)  # long before anything is printed
+    command = [sys.executable, "-m", "polycollide", *PAPER, "--json", "--set", "figures=false"]
+    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, check=False, text=True)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_layers_lists_shapes_cuts_active_units_and_the_dimension_bound():
@@ -213,6 +248,17 @@ def test_table1_prints_our_rows_beside_the_papers():
     assert {len(results) for results in listed.values()} == {2}
     distances = [r["polytope"]["mean_pairwise_distance"] for r in listed["paper-mnist"]]
     assert f"{np.mean(distances):.2f}±{np.std(distances):.2f}" in rows["distance apart"]
+
+
+def test_beyond_the_paper_stand_hulls_and_exact_corners_with_proofs():
+    result = call("reproduce", "table1", "--beyond", "--pairs", "1")
+    assert result.exit_code == 0, result.stderr
+    rows = {line.split("  ")[0].strip(): line.split() for line in result.stdout.splitlines()}
+    assert rows["certified"][1:] == ["1", "of", "1"] * 5
+    spread = [float(value.split("±")[0]) for value in rows["spread"][2:]]
+    assert spread[0] < 0.1 < 0.3 < min(spread[1:])
+    assert "anywhere" in rows
+    assert max(len(line) for line in result.stdout.splitlines() if "of 1" in line) <= 80
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path):

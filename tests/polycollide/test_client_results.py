@@ -222,9 +222,13 @@ def test_a_grid_goes_out_with_references(service, client):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ('{"a": 1}\nnot json', "jobs.jsonl, line 2, is no JSON"),
-        ("[1]", "jobs.jsonl, line 1, is no JSON object"),
-        ('{"source": "none.png"}', "none.png' cannot be read .*check the path"),
+        ('{"a": 1}\nnot json', "Line 2 of jobs.jsonl: This is no JSON.*Nothing was submitted"),
+        ("[1]", "Line 1 of jobs.jsonl: This is no JSON object.*Nothing was submitted"),
+        (
+            '{"source": "sample:a"}\n\n{"source": "none.png"}',
+            "Line 3 of jobs.jsonl: .*none.png' cannot be read .*check the path. Nothing was submit",
+        ),
+        ("\n \n", "jobs.jsonl has no items"),
         (None, "jobs.jsonl' cannot be read"),
     ],
 )
@@ -233,6 +237,17 @@ def test_a_file_that_cannot_be_sent_is_said_in_one_sentence(client, tmp_path, te
         (tmp_path / "jobs.jsonl").write_text(text)
     with pytest.raises(PolycollideError, match=sentence):
         client.batch(tmp_path / "jobs.jsonl")
+
+
+def test_an_image_that_the_service_cannot_use_is_told_with_its_item(service, client, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"")
+    items = [{"source": PAIR[0], "target": PAIR[1]}, {"source": tmp_path / "broken.png"}]
+    service.on("POST /v1/images", problem(422, "invalid_image", "broken.png is empty."))
+    with pytest.raises(
+        PolycollideError, match=r"Item 1: broken\.png is empty\. Nothing was submit"
+    ):
+        client.batch(items)
+    assert not service.to(BATCHES)
 
 
 def test_a_batch_is_waited_for(service, client):

@@ -48,8 +48,11 @@ def call(service: ScriptedService) -> Call:
     return invoke
 
 
-def succeeded(id: str = ID) -> dict:
-    return job(id, "succeeded", result=RESULT)
+TABLE = "index,custom_id,job_id,status,error_code,error_message,warnings,notes\n"
+
+
+def succeeded(id: str = ID, **remarks: list[str]) -> dict:
+    return job(id, "succeeded", result=RESULT | remarks)
 
 
 def failed(id: str = OTHER) -> dict:
@@ -94,12 +97,53 @@ def test_wait_prints_how_jobs_ended_aligned_and_fails_if_one_did(service, call):
     assert [job["status"] for job in listed] == ["succeeded", "failed"]
 
 
+def test_what_results_warn_of_and_note_stands_under_the_table_once(service, call):
+    both = {"warnings": ["No cut."], "notes": ["Resized."]}
+    service.on(f"GET /v1/jobs/{ID}", reply(succeeded(**both)))
+    service.on(f"GET /v1/jobs/{OTHER}", reply(succeeded(OTHER, warnings=["No cut."], notes=[])))
+    assert call("wait", ID).stdout.splitlines()[-2:] == ["Warning: No cut.", "Note: Resized."]
+    several = ["Warning: No cut. (2 of 2 jobs)", f"Note: Resized. ({ID})"]
+    assert call("wait", ID, OTHER).stdout.splitlines()[-2:] == several
+    assert call("watch", ID, OTHER).stdout.splitlines()[1:] == several
+    service.on("GET /v1/jobs", reply({"jobs": [job(ID, "succeeded"), job(OTHER, "succeeded")]}))
+    assert call("watch", "--label", "l").stdout.splitlines()[1:] == several
+    service.on("POST /v1/jobs", reply(job(ID), 202))
+    assert call("submit", *PAIR, "--wait").stdout.splitlines()[-2:] == [
+        *("Warning: No cut.", "Note: Resized.")
+    ]
+
+
+def test_ids_that_are_none_of_jobs_are_told_for_what_they_are(service, call, tmp_path):
+    wrong = [{"loc": "path.job_id", "message": "Input should be a valid UUID"}]
+    service.on("GET /v1/jobs/abc", problem(422, "invalid_request", errors=wrong))
+    for command in (("wait", "abc"), ("watch", "abc"), ("fetch", "abc", "--out", str(tmp_path))):
+        result = call(*command)
+        assert result.exit_code == 1
+        assert result.stderr == "Error: abc is no job's id; see `polycollide list`.\n"
+    unknown = problem(404, "unknown_job", "There is no such job.")
+    service.on(f"GET /v1/jobs/{ID}", unknown)
+    service.on(f"POST /v1/jobs/{ID}/cancel", unknown)
+    assert call("wait", ID).stderr == "Error: There is no such job.\n"
+    service.on(f"GET /v1/batches/{ID}", reply(BATCH | {"id": ID}))
+    for command, instead in (
+        (("wait", ID), f"watch --batch {ID}"),
+        (("watch", ID), f"watch --batch {ID}"),
+        (("cancel", ID), f"cancel --batch {ID}"),
+        (("fetch", ID, "--out", str(tmp_path)), f"fetch {ID} --out results.jsonl"),
+    ):
+        said = call(*command).stderr.removeprefix("Error: ")
+        assert said == f"{ID} is a batch; type `polycollide {instead}`.\n"
+
+
 def test_wait_gives_up_after_its_timeout(service, call):
     service.on(f"GET /v1/jobs/{ID}", reply(job(ID, "running")))
     result = call("wait", ID, "--timeout", "0.3")
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: Not every job was done within 0.3 s (1 running)")
     assert result.stderr.count("\n") == 1
+    service.on(f"GET /v1/jobs/{ID}", late(2, reply(job(ID))))
+    nothing_yet = call("wait", ID, "--timeout", "0.2").stderr
+    assert nothing_yet.startswith("Error: Not every job was done within 0.2 s; they go on")
 
 
 def test_watch_ends_with_the_counts_of_what_was_named(service, call):
@@ -118,12 +162,16 @@ def test_watch_follows_a_label_a_batch_or_all_that_waits_and_runs(service, call)
 
     service.on("GET /v1/jobs", reply(page))
     service.on("GET /v1/batches/b", reply(BATCH), reply(ENDED))
+    service.on("GET /v1/batches/b/results.csv", reply(TABLE.encode()))
     assert call("watch", "--batch", "b").stdout == "3 of 3 done: 3 succeeded\n"
 
     service.on("GET /v1/jobs", reply({"jobs": []}), reply(page), reply({"jobs": []}))
     service.on(f"GET /v1/jobs/{ID}", reply(succeeded()))
     assert call("watch").stdout == "1 of 1 done: 1 succeeded\n"
     assert call("watch").stdout == "No job waits or runs.\n"
+    nobody = call("watch", "--label", "nobody")
+    assert (nobody.exit_code, nobody.stdout) == (1, "")
+    assert nobody.stderr == "Error: There is no job with label 'nobody'.\n"
 
 
 def test_list_is_a_table_or_json(service, call):
@@ -143,6 +191,29 @@ def test_list_is_a_table_or_json(service, call):
     assert [received.query["limit"] for received in service.received] == ["2", "1"]
     listed = json.loads(call("list", "--json", "--limit", "1").stdout)
     assert [job["id"] for job in listed] == [OTHER]
+    assert "result" not in listed[0]
+
+
+def test_in_a_narrow_table_ids_and_words_stay_whole_and_labels_end_in_an_ellipsis(service, call):
+    spec = {"model": "squeezenet1_0", "layer": "features.12.squeeze"}
+    one = job(ID, "succeeded", spec=spec, labels=["a-label-that-goes-on", "and-on-and-on"])
+    service.on("GET /v1/jobs", reply({"jobs": [one]}))
+    lines = [line for line in call("list").stdout.splitlines() if line.strip()]
+    assert len(lines) == 3 and max(map(len, lines)) <= 80
+    assert lines[2].split()[:2] == [ID, "succeeded"]
+    assert lines[2].rstrip().endswith("…")
+
+
+def test_batches_are_listed_by_their_labels(service, call):
+    batch = BATCH | {"id": ID, "labels": ["pilot"]}
+    batch["request_counts"] = {"total": 9, "refused": 1, "queued": 2, "succeeded": 5, "failed": 1}
+    service.on("GET /v1/batches", reply({"batches": [batch], "next_cursor": None}))
+    result = call("list", "--batches", "--label", "pilot", "--limit", "7")
+    assert service.received[0].query == {"label": "pilot", "limit": "7"}
+    assert result.stdout.splitlines()[3].split() == [ID, "6", "of", "8", "1", "1", "pilot"]
+    (listed,) = json.loads(call("list", "--batches", "--json").stdout)
+    assert listed["id"] == ID and "errors" not in listed
+    assert call("list", "--batches", "--status", "failed").exit_code == 2
 
 
 def test_cancel_goes_on_after_a_job_that_cannot_be(service, call):
@@ -168,6 +239,22 @@ def test_fetch_writes_the_files_of_run(service, call, tmp_path):
     assert (out / "corner-0.png").read_bytes() == b"png"
 
 
+def test_fetch_writes_the_results_of_a_batch(service, call, tmp_path):
+    line = {"index": 0, "job_id": "x", "status": "succeeded"}
+    rows = f"{TABLE}0,one,x,succeeded,,,No cut.,\n1,,y,failed,diverged,It diverged.,,\n"
+    service.on("GET /v1/batches/b", reply(ENDED))
+    service.on("GET /v1/batches/b/results.jsonl", stream(f"{json.dumps(line)}\n"))
+    service.on("GET /v1/batches/b/results.csv", reply(rows.encode()))
+    for name in ("results.jsonl", "results.csv"):
+        result = call("fetch", "b", "--out", str(tmp_path / name))
+        assert result.exit_code == 0
+        said = [f"{tmp_path / name}: 3 of 3 done: 3 succeeded", "Warning: No cut."]
+        assert result.stdout.splitlines() == said
+        assert result.stderr == "Item 1 failed: It diverged. [diverged]\n"
+    assert (tmp_path / "results.csv").read_text() == rows
+    assert json.loads((tmp_path / "results.jsonl").read_text())["job_id"] == "x"
+
+
 @pytest.mark.parametrize("state", [job(ID, "running"), failed(ID)])
 def test_fetch_says_why_there_is_nothing(service, call, tmp_path, state):
     service.on(f"GET /v1/jobs/{ID}", reply(state))
@@ -188,6 +275,7 @@ def test_batch_sends_lines_and_writes_every_result(service, call, tmp_path):
     lines = [{"index": i, "job_id": "x", "status": "succeeded", "later": i} for i in range(3)]
     texts = [f"{json.dumps(line)}\n" for line in lines]
     service.on("GET /v1/batches/b/results.jsonl", stream(*texts[:1], cut=True), stream(*texts))
+    service.on("GET /v1/batches/b/results.csv", reply(TABLE.encode()))
     out = tmp_path / "results.jsonl"
     result = call("batch", str(tmp_path / "jobs.jsonl"), "--label", "l", "--out", str(out))
     assert (result.exit_code, result.stderr) == (0, "")
@@ -196,6 +284,25 @@ def test_batch_sends_lines_and_writes_every_result(service, call, tmp_path):
     assert [line["later"] for line in written] == [0, 1, 2]
     assert len(service.to("POST /v1/images")) == 1
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_batch_says_why_jobs_failed_and_what_results_warn_of(service, call):
+    failed = [f"{i},n{i},x,failed,diverged,It diverged.,,\n" for i in range(25)]
+    warned = [f"{i},,x,succeeded,,,No cut. Plain.,\n" for i in range(25, 27)]
+    ended = {"total": 27, "succeeded": 2, "failed": 25}
+    service.on("POST /v1/batches", reply(BATCH, 202))
+    service.on("GET /v1/batches/b", reply(ENDED | {"request_counts": ended}))
+    table = "".join([TABLE, *failed, *warned])
+    service.on("GET /v1/batches/b/results.csv", reply(table.encode()))
+    line = json.dumps({"source": PAIR[1], "target": PAIR[3], "spec": {}})
+    result = call("batch", "-", "--wait", input=line)
+    assert result.exit_code == 1
+    said = result.stderr.splitlines()
+    assert said[0] == "Item 0 (n0) failed: It diverged. [diverged]"
+    assert (len(said), said[-1]) == (21, "... and 5 more.")
+    assert result.stdout.splitlines()[-1] == "Warning: No cut. Plain. (2 of 2 jobs)"
+    quiet = call("batch", "-", "--wait", "--json", input=line)
+    assert json.loads(quiet.stdout)["id"] == "b"
 
 
 def test_batch_reads_standard_input_and_tells_what_was_refused(service, call):
@@ -219,7 +326,9 @@ def test_batch_reads_standard_input_and_tells_what_was_refused(service, call):
         (("cancel",), "Name either ids, or a batch."),
         (("batch", "no[/b].jsonl"), "'no[/b].jsonl' cannot be read"),
         (("batch", "-", "--out", "/no/such/file"), "/no/such/file cannot be used"),
-        (("wait", "nothing"), "There is no such job."),
+        (("batch", "-"), "standard input has no items."),
+        (("wait", "nothing"), "nothing is no job's id"),
+        (("list", "--url", "foo"), "'foo' is no URL"),
         (("list", "--url", "http://127.0.0.1:9"), "start a server with `polycollide up`"),
     ],
 )

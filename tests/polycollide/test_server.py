@@ -214,6 +214,7 @@ def test_a_database_that_is_away_is_a_sentence():
     url = "postgresql://polycollide:secret@127.0.0.1:1/polycollide"
     away = sentence(polycollide("keys", "list", database_url=url))
     assert "The database does not answer" in away
+    assert "`polycollide up` runs needs no keys" in away
     assert "secret" not in away
 
 

@@ -23,6 +23,8 @@ RESULT = {
     "converged": True,
     "steps": 12,
     "seconds": 0.5,
+    "warnings": ["No cut.", "No TF32."],
+    "notes": [],
     "polytope": {"mean_pairwise_distance": 2.5, "spread": 0.25},
     "interpolation": {
         "accuracy": 1.0,
@@ -296,6 +298,7 @@ async def test_results_come_in_order_of_index_and_only_of_finished_jobs(connecti
         "job_id": third.lease.job_id,
         "status": "succeeded",
         "error_code": None,
+        "error_message": None,
         "model": "mnist-mlp",
         "layer": "fc1",
         "corners": 2,
@@ -311,6 +314,8 @@ async def test_results_come_in_order_of_index_and_only_of_finished_jobs(connecti
         "mean_probability_8bit": 0.8,
         "min_probability": 0.5,
         "labels": [],
+        "warnings": "No cut.; No TF32.",
+        "notes": None,
     }
     assert second.lease.job_id not in {row["job_id"]}
 
