@@ -21,7 +21,8 @@ from rich.table import Table
 from subjects import DATA, Net, squeezenet
 from timing import console, table, verdict
 
-from core import images, job
+from core import images
+from core.outcome import run_alone
 from core.result import Result
 from core.spec import CollisionSpec
 
@@ -63,7 +64,7 @@ def collide(net: Net, pair: tuple[str, str], **settings: Any) -> Result:
     for name in pair:
         file = DATA / "photos" / f"{name}.jpg"
         loaded.append(images.load(file.name, file.read_bytes(), net.model.preprocessing))
-    return job.run(subject, spec, *loaded)[1].result
+    return run_alone(subject, spec, *loaded)[1].result
 
 
 def add(made: Table, name: str, result: Result) -> None:

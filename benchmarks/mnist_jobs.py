@@ -19,7 +19,7 @@ import torch
 from subjects import mnist_mlp, one_corner_after_another
 from timing import Report, alternate, clocked, console, duration, quick_asked, table
 
-from core import figures, images, interpolate, job
+from core import figures, images, interpolate, job, outcome
 from core.spec import CollisionSpec
 from polycollide import local
 from polycollide.reproduce import digit_pairs
@@ -102,10 +102,10 @@ PARTS: dict[str, tuple[object, str]] = {
     "optimise": (job.Engine, "advance"),
     "interpolation": (interpolate, "sample_polytope"),
     "ball": (interpolate, "measure_ball"),
-    "corners": (job, "_corner_results"),
+    "corners": (outcome, "_corner_results"),
     "weights, summary": (interpolate, "summarize"),
     "distances": (interpolate, "measure_polytope"),
-    "rest of the result": (job, "measure"),
+    "rest of the result": (outcome, "measure"),
     "figure.png": (figures, "draw_result"),
     "curves.png": (figures, "draw_curves"),
     "snapshots.png": (figures, "draw_snapshots"),
@@ -153,7 +153,7 @@ def full_jobs(subject: job.Subject, pairs: list[Pair]) -> None:
     with tempfile.TemporaryDirectory() as folder, split.watching():
         for pair in (pairs[0], *pairs):
             split.next_job()
-            local.write(Path(folder), *job.run(subject, SPEC, *pair))
+            local.write(Path(folder), *outcome.run_alone(subject, SPEC, *pair))
     lines = {part: float(np.median(seconds[1:])) for part, seconds in split.seconds.items()}
     whole = sum(lines.values())
     made = table(f"A job with everything, medians of {len(pairs)}", "part", "time", "share")

@@ -16,6 +16,7 @@ from timing import Report, alternate, console, quick_asked, table
 
 from core import job
 from core.engine import STRIDE, Engine
+from core.outcome import measure
 from core.spec import CollisionSpec, Interpolation
 
 SOURCE, TARGET = "photos/farm_dog", "photos/animal_panda"
@@ -65,7 +66,7 @@ def _start(net: Net, precision: str, mixtures: int) -> tuple[job.Subject, job.Jo
 
 def _worth(subject: job.Subject, prepared: job.Job) -> list[str]:
     """The worst corner's losses and residual, then how many are taken for the target."""
-    result = job.measure(subject, prepared).result
+    result = measure(subject, prepared).result
     corners, between, energy = result.corners, result.interpolation, prepared.goal.energy
     assert between
     hits = sum(corner.label == result.target.label for corner in corners)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from core import images
 from core.interpolate import Samples
-from core.job import Job, Outcome
+from core.job import Job
+from core.outcome import Outcome
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -1,35 +1,22 @@
-"""One job from its settings and two images to its result; the command line and workers share it."""
+"""A job from its settings and two images to what the engine takes; the network that it is about."""
 
 import copy
 import math
-import platform
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from core import certify, exact, images, interpolate, models
-from core.engine import CONVERGED, REASONS, Engine, Group
+from core.engine import CONVERGED, Engine, Group
 from core.errors import InvalidSpec, UnknownName
 from core.hull import Hull
 from core.models import Model
-from core.objective import Losses, Target, l_neg, l_pos, residual, violation
-from core.result import (
-    Certificate,
-    CornerResult,
-    Exact,
-    LayerResult,
-    Provenance,
-    Result,
-    Seen,
-    Worst,
-)
+from core.objective import Losses, Target
+from core.result import Seen
 from core.spec import CollisionSpec, Relative, Threshold
 from core.taps import (
     Tap,
@@ -114,19 +101,6 @@ class Job:
     seen_target: Seen
     group: Group
     polytope: exact.LayerPolytope | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A result and the arrays behind it: `corners` [K, C, H, W] in float32, and raw `samples`.
-
-    `worst` [C, H, W] is the image of the polytope's worst point, where that was looked for.
-    """
-
-    result: Result
-    corners: NDArray[np.float32]
-    samples: interpolate.Samples | None
-    worst: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True)
@@ -230,7 +204,7 @@ def prepare(
     else:
         losses = Losses.of_corners(
             goal,
-            _chosen(units, goal),
+            chosen_mask(units, goal),
             alpha=spec.alpha,
             beta=_beta(spec, goal),
             negative=spec.negative,
@@ -250,108 +224,6 @@ def prepare(
         polytope = exact.LayerPolytope.of(affine, tap.layer.clip, *pair, budget=spec.source_budget)
         group.score[:], group.reason[:] = 0.0, CONVERGED
     return Job(spec, source, target, goal, units, seen_source, seen_target, group, polytope)
-
-
-@matmul_precision(tf32=False)
-def measure(subject: Subject, job: Job, on_chunk: Callable[[], None] = lambda: None) -> Outcome:
-    """Measures the corners that the engine found, and the polytope between them.
-
-    The exact solver's are found first. `on_chunk` is called between forward passes, for whoever
-    watches whether this goes on.
-
-    Raises:
-        InfeasibleBudget, OutOfTime, SolverFailed: as `exact.find_corners` does.
-    """
-    solved = _solve(subject, job, on_chunk) if job.polytope else None
-    began = time.perf_counter()
-    spec, goal, label, corners = job.spec, job.goal, job.seen_target.label, job.group.corners
-    samples, interpolation, ball, worst = None, None, None, None
-    if spec.interpolation.samples:
-        rng = np.random.default_rng([spec.seed, 1])
-        sampler = spec.interpolation.sampler
-        weights = interpolate.simplex_weights(
-            sampler, spec.interpolation.samples, len(corners), rng
-        )
-        samples = interpolate.sample_polytope(
-            subject.tap, goal, label, corners, weights, mixes=subject.mixes, on_chunk=on_chunk
-        )
-        unrelated = subject.feature_distance / goal.energy**0.5
-        interpolation = interpolate.summarize(samples, sampler, label, unrelated)
-    if spec.ball_samples:
-        clip = spec.pixel_range == "valid"
-        ball = interpolate.measure_ball(
-            subject.tap,
-            label,
-            corners,
-            spec.ball_samples,
-            clip=clip,
-            seed=spec.seed,
-            on_chunk=on_chunk,
-        )
-    if spec.worst_starts:
-        worst = certify.worst_point(
-            subject.tap,
-            corners,
-            label,
-            starts=spec.worst_starts,
-            seed=spec.seed,
-            mixes=subject.mixes,
-            on_step=on_chunk,
-        )
-    corner_results = _corner_results(subject, job)
-    result = Result(
-        converged=bool(job.group.converged.all()),
-        steps=min(job.group.age, spec.max_steps),
-        seconds=job.group.seconds,
-        measuring_seconds=0.0,
-        cut=subject.cut,
-        warnings=_warnings(subject, job),
-        notes=[*job.source.notes, *job.target.notes],
-        layer=LayerResult(
-            name=subject.tap.layer.name,
-            shape=list(subject.tap.layer.shape),
-            units=subject.tap.layer.units,
-            active=int((goal.pre > 0).sum()),
-        ),
-        source=job.seen_source,
-        target=job.seen_target,
-        corners=corner_results,
-        polytope=interpolate.measure_polytope(corners, subject.natural),
-        interpolation=interpolation,
-        ball=ball,
-        worst=_worst(subject, label, worst) if worst else None,
-        certificate=_certify(subject, job, worst, on_chunk) if spec.certify else None,
-        exact=solved,
-        provenance=_provenance(subject, job),
-    )
-    seconds = {"measuring_seconds": time.perf_counter() - began}
-    return Outcome(
-        result.model_copy(update=seconds),
-        corners.cpu().numpy(),
-        samples,
-        worst.image.cpu().numpy() if worst else None,
-    )
-
-
-def run(
-    subject: Subject,
-    spec: CollisionSpec,
-    source: images.Loaded,
-    target: images.Loaded,
-    on_progress: Callable[[Group], None] = lambda group: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> tuple[Job, Outcome]:
-    """One job alone. When told to stop it keeps, and measures, what it has found."""
-    job = prepare(subject, spec, source, target, key="job")
-    engine = subject.engine(spec)
-    engine.admit(job.group)
-    while not engine.advance():
-        on_progress(job.group)
-        if should_stop():
-            engine.stop(job.group.key)
-            break
-    on_progress(job.group)
-    return job, measure(subject, job)
 
 
 def _hull(subject: Subject, spec: CollisionSpec, goal: Target, logits: Tensor) -> Hull:
@@ -377,89 +249,7 @@ def _hull(subject: Subject, spec: CollisionSpec, goal: Target, logits: Tensor) -
     )
 
 
-def _solve(subject: Subject, job: Job, on_chunk: Callable[[], None]) -> Exact:
-    """Gives `job` the corners of its polytope."""
-    assert job.polytope
-    assert job.units
-    began = time.perf_counter()
-    watch = _Watch(on_chunk)
-    clock = exact.Clock.within(job.spec.max_seconds, watch)
-    polytope, group = job.polytope, job.group
-    try:
-        objectives = exact.unit_objectives(polytope, job.units)
-        corners = exact.find_corners(polytope, objectives, clock=clock)
-        size = exact.dimension(polytope, clock=clock)
-        unbounded = exact.unbounded(polytope, job.units, clock=clock)
-        to_source, to_target = (
-            exact.nearest(polytope, image, clock=clock).distance
-            for image in (polytope.source, polytope.target)
-        )
-    except exact.Stopped:
-        raise watch.error or exact.Stopped() from None
-    group.corners = polytope.affine.images(corners).to(group.corners)
-    group.seconds = time.perf_counter() - began
-    errors, _ = exact.collision_error(subject.tap, polytope, group.corners)
-    return Exact(
-        source_budget=polytope.budget,
-        dimension=size.dimension,
-        dimension_paper=size.paper,
-        unbounded=unbounded,
-        least_distance_to_source=to_source,
-        least_distance_to_target=to_target,
-        collision_error=float(errors.max()),
-    )
-
-
-class _Watch:
-    """Asks `on_chunk` in the middle of the solver, which takes a boolean and no exception."""
-
-    def __init__(self, on_chunk: Callable[[], None]) -> None:
-        self._on_chunk = on_chunk
-        self.error: BaseException | None = None
-
-    def __call__(self) -> bool:
-        try:
-            self._on_chunk()
-        except BaseException as error:
-            self.error = error
-            return True
-        return False
-
-
-def _worst(subject: Subject, label: int, found: certify.WorstPoint) -> Worst:
-    """A worst point, beside what its 8-bit image is taken for."""
-    _, logits = interpolate.observe(subject.tap, interpolate.to_8bit_(found.image[None].clone()))
-    return Worst(
-        weights=found.weights.tolist(),
-        margin=found.margin,
-        probability=found.probability,
-        label=found.label,
-        class_=subject.model.classes[found.label],
-        margin_8bit=float(certify.margins_of(logits, label)),
-        probability_8bit=float(interpolate.probability_of(label, logits)),
-        label_8bit=int(logits.argmax()),
-    )
-
-
-def _certify(
-    subject: Subject, job: Job, worst: certify.WorstPoint | None, on_chunk: Callable[[], None]
-) -> Certificate:
-    asked, corners = job.spec.certify, job.group.corners
-    assert asked
-    found = certify.certify(
-        subject.tap,
-        interpolate.to_8bit_(corners.clone()) if asked.hull == "8bit" else corners,
-        job.seen_target.label,
-        candidate=worst.weights if worst else None,
-        max_seconds=asked.seconds,
-        max_subsimplices=asked.subsimplices,
-        on_step=on_chunk,
-    )
-    weights = None if found.weights is None else found.weights.tolist()
-    return Certificate(hull=asked.hull, **{**vars(found), "weights": weights})
-
-
-def _chosen(units: list[tuple[int, ...]], goal: Target) -> Tensor:
+def chosen_mask(units: list[tuple[int, ...]], goal: Target) -> Tensor:
     """The units of each corner as a mask [K, U]."""
     chosen = torch.zeros(len(units), len(goal.pre), dtype=torch.bool)
     for corner, own in enumerate(units):
@@ -494,91 +284,6 @@ def _check_class(model: Model, wanted: str, seen: Seen) -> None:
             f"The target should be {wanted!r}, but {model.name} takes it for {seen.class_!r} "
             f"(probability {seen.probability:.2f}); give another target image."
         )
-
-
-def _warnings(subject: Subject, job: Job) -> list[str]:
-    warnings = []
-    if job.seen_source.label == job.seen_target.label:
-        warnings.append(
-            f"The network takes the source for {job.seen_source.class_!r} already, as it does the "
-            "target: that corners and mixtures have that class shows nothing."
-        )
-    if not subject.cut:
-        warnings.append(
-            f"Layer {subject.tap.layer.name!r} is no cut: other paths lead around it, so sharing "
-            "its activations does not decide the class."
-        )
-    if job.spec.objective == "plain" and job.spec.corners > 1:
-        warnings.append("The plain objective has no units: all corners are the same image.")
-    if job.units and len(set(map(frozenset, job.units))) < len(job.units):
-        warnings.append("Some corners push the same units away: they are the same image.")
-    if job.spec.precision == "tf32" and subject.device.type != "cuda":
-        warnings.append("TF32 is a mode of NVIDIA GPUs: this job ran in fp32.")
-    return warnings
-
-
-def _corner_results(subject: Subject, job: Job) -> list[CornerResult]:
-    group, goal, corners = job.group, job.goal, job.group.corners
-    pre, logits = interpolate.observe(subject.tap, corners)
-    _, logits_8bit = interpolate.observe(subject.tap, interpolate.to_8bit_(corners.clone()))
-    chosen = _chosen(job.units, goal) if job.units else torch.zeros_like(pre, dtype=torch.bool)
-    to_source, to_target = (
-        (corners - torch.from_numpy(image.pixels).to(corners)).flatten(1).norm(dim=1)
-        for image in (job.source, job.target)
-    )
-    columns = {
-        "l_pos": l_pos(pre, goal),
-        "l_neg": l_neg(pre, goal, chosen, job.spec.negative),
-        "violation": violation(pre, goal),
-        "relative_residual": residual(pre, goal),
-        "label": logits.argmax(1),
-        "probability": interpolate.probability_of(job.seen_target.label, logits),
-        "label_8bit": logits_8bit.argmax(1),
-        "probability_8bit": interpolate.probability_of(job.seen_target.label, logits_8bit),
-        "distance_to_source": to_source,
-        "distance_to_target": to_target,
-        "distance_ratio": to_source / to_target,
-    }
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [
-        CornerResult(
-            index=i,
-            unit=_unit(job.units[i]) if job.units else None,
-            steps=int(group.steps[i]),
-            converged=bool(group.converged[i]),
-            reason=REASONS[group.reason[i]],
-            class_=subject.model.classes[int(logits[i].argmax())],
-            **dict(zip(columns, row, strict=True)),
-        )
-        for i, row in enumerate(rows)
-    ]
-
-
-def _unit(units: tuple[int, ...]) -> int | list[int]:
-    return units[0] if len(units) == 1 else list(units)
-
-
-@cache
-def _versions() -> dict[str, str]:
-    packages = ("numpy", "polycollide", "torch", "torchvision")
-    versions = {"python": platform.python_version()} | {p: metadata.version(p) for p in packages}
-    return dict(sorted(versions.items()))
-
-
-def _provenance(subject: Subject, job: Job) -> Provenance:
-    device = subject.device
-    cuda = device.type == "cuda"
-    return Provenance(
-        versions=_versions(),
-        weights=subject.model.weights,
-        weights_sha256=subject.model.weights_sha256,
-        source_sha256=job.source.sha256,
-        target_sha256=job.target.sha256,
-        spec=job.spec,
-        seed=job.spec.seed,
-        device=torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})",
-        precision="fp32" if job.spec.precision == "tf32" and not cuda else job.spec.precision,
-    )
 
 
 def _feature_distance(tap: Tap, references: Tensor) -> float:

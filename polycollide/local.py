@@ -20,6 +20,7 @@ from core import artifacts, images, job
 from core import models as registry
 from core.engine import Group
 from core.errors import CoreError, InvalidSpec
+from core.outcome import Outcome, run_alone
 from core.result import Result, claims
 from core.spec import CollisionSpec
 from core.taps import matmul_precision, open_tap
@@ -45,7 +46,7 @@ def run(asked: Asked, *, out: Path | None, json: bool, device: str | None) -> No
         source_image = images.load(*asked.source, prepare)
         target_image = images.load(*asked.target, prepare)
         with progress_bar(spec) as on_progress:
-            done, outcome = job.run(
+            done, outcome = run_alone(
                 subject, spec, source_image, target_image, on_progress, interrupted
             )
         if json:
@@ -112,7 +113,7 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if cuda else "cpu"))
 
 
-def write(out: Path, done: job.Job, outcome: job.Outcome) -> list[str]:
+def write(out: Path, done: job.Job, outcome: Outcome) -> list[str]:
     """Writes everything a result has into the folder `out`, and returns the names of the files.
 
     Files of an earlier result go first; no other file is touched.

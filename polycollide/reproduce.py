@@ -13,6 +13,7 @@ from rich.progress import Progress
 from core import exact, images, interpolate, job
 from core.errors import UnknownName
 from core.interpolate import clopper_pearson
+from core.outcome import measure
 from core.result import Result
 from core.spec import CollisionSpec
 from polycollide.listing import aside, console, listing
@@ -112,7 +113,7 @@ def _results(name: str, given: dict[str, Any], pairs: int, device: torch.device)
         task = bar.add_task(name, total=len(jobs))
         while len(results) < len(jobs):
             for group in engine.advance():
-                results[group.key] = job.measure(subject, jobs[group.key]).result
+                results[group.key] = measure(subject, jobs[group.key]).result
                 bar.advance(task)
     return [results[key] for key in jobs]
 

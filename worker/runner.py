@@ -25,7 +25,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from core import artifacts, images, models
 from core.engine import Group
 from core.errors import CoreError
-from core.job import Job, Outcome, is_out_of_memory, measure, prepare
+from core.job import Job, is_out_of_memory, prepare
+from core.outcome import Outcome, measure
 from core.spec import CollisionSpec
 from store import queue, workers
 from store.database import connect

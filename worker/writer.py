@@ -29,7 +29,8 @@ from sqlalchemy.exc import (
 from torch import Tensor
 
 from core import artifacts, images
-from core.job import Job, Outcome
+from core.job import Job
+from core.outcome import Outcome
 from store import blobs, queue
 from store.queue import Finished, Lease
 from store.settings import Settings

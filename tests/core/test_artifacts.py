@@ -11,18 +11,19 @@ import torch
 from PIL import Image
 
 from core import artifacts, images, job
+from core.outcome import Outcome, run_alone
 from core.spec import CollisionSpec
 
 
 @pytest.fixture(scope="module")
-def made() -> tuple[job.Job, job.Outcome]:
+def made() -> tuple[job.Job, Outcome]:
     spec = CollisionSpec(preset="paper-mnist", figures=False, snapshots=3)
     subject = job.Subject.open(spec, torch.device("cpu"))
     pair = [
         images.load(*images.read(f"sample:mnist/{name}"), subject.model.preprocessing)
         for name in ("3-0", "7-0")
     ]
-    return job.run(subject, spec, *pair)
+    return run_alone(subject, spec, *pair)
 
 
 def test_arrays_come_back_as_they_were_computed(made):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from core import figures, images, job
+from core.outcome import run_alone
 from core.spec import CollisionSpec
 
 Pixels = NDArray[np.floating[Any]]
@@ -47,7 +48,7 @@ class Case:
             images.load(*images.read(f"sample:mnist/{name}"), subject.model.preprocessing)
             for name in ("3-0", "7-0")
         )
-        done, outcome = job.run(subject, spec, source, target)
+        done, outcome = run_alone(subject, spec, source, target)
         self.source, self.target = source.pixels, target.pixels
         self.corners: Pixels = outcome.corners
         self.group, self.result = done.group, outcome.result

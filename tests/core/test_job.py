@@ -12,6 +12,7 @@ from scipy.spatial.distance import pdist
 from core import certify, images, interpolate, job
 from core.errors import InvalidSpec, UnknownName, UntappableLayer
 from core.models import ASSETS
+from core.outcome import Outcome, measure, run_alone
 from core.spec import CollisionSpec
 from core.taps import open_tap
 
@@ -27,13 +28,13 @@ def digit(subject: job.Subject, name: str) -> images.Loaded:
     return images.load(*images.read(f"sample:mnist/{name}"), subject.model.preprocessing)
 
 
-def run(source: str = "3-0", target: str = "7-0", **settings) -> tuple[job.Job, job.Outcome]:
+def run(source: str = "3-0", target: str = "7-0", **settings) -> tuple[job.Job, Outcome]:
     spec, subject = subject_of(**settings)
-    return job.run(subject, spec, digit(subject, source), digit(subject, target))
+    return run_alone(subject, spec, digit(subject, source), digit(subject, target))
 
 
 @pytest.fixture(scope="module")
-def paper() -> tuple[job.Job, job.Outcome]:
+def paper() -> tuple[job.Job, Outcome]:
     return run()
 
 
@@ -178,7 +179,7 @@ def test_a_threshold_out_of_reach_leaves_the_best_state_and_says_so():
 def test_a_job_told_to_stop_is_measured_where_it_is():
     spec, subject = subject_of(l_pos_threshold=1e-6)
     pair = digit(subject, "3-0"), digit(subject, "7-0")
-    _, outcome = job.run(subject, spec, *pair, should_stop=lambda: True)
+    _, outcome = run_alone(subject, spec, *pair, should_stop=lambda: True)
     assert {corner.reason for corner in outcome.result.corners} == {"stopped"}
     assert outcome.result.interpolation.samples == 2000
 
@@ -187,7 +188,9 @@ def test_progress_is_told_between_strides():
     spec, subject = subject_of()
     told = []
     pair = digit(subject, "3-0"), digit(subject, "7-0")
-    job.run(subject, spec, *pair, on_progress=lambda g: told.append((g.age, g.latest[:, 0].max())))
+    run_alone(
+        subject, spec, *pair, on_progress=lambda g: told.append((g.age, g.latest[:, 0].max()))
+    )
     ages, worst = zip(*told, strict=True)
     assert list(ages[:3]) == [10, 20, 30]
     assert worst[0] > worst[2]
@@ -229,7 +232,7 @@ def test_an_image_of_another_size_is_resized_and_the_result_says_so(tmp_path):
     spec, subject = subject_of(ball_samples=0)
     big = np.kron(digit(subject, "3-0").pixels[0], np.ones((3, 3)))[None]
     loaded = images.load("big.png", images.to_png(big), subject.model.preprocessing)
-    _, outcome = job.run(subject, spec, loaded, digit(subject, "7-0"))
+    _, outcome = run_alone(subject, spec, loaded, digit(subject, "7-0"))
     assert len(outcome.result.notes) == 1
     assert "big.png" in outcome.result.notes[0]
     assert "84" in outcome.result.notes[0]
@@ -300,7 +303,7 @@ def test_a_layer_that_is_no_cut_is_warned_of(layer, cut):
         for name in ("animal_panda", "fish_fish25")
     ]
     if not cut:
-        _, outcome = job.run(subject, spec, *pair)
+        _, outcome = run_alone(subject, spec, *pair)
         assert outcome.result.cut is False
         assert any("'left' is no cut" in said for said in outcome.result.warnings)
     else:
@@ -341,7 +344,7 @@ def test_a_network_that_gives_no_finite_numbers_is_refused():
 def test_life_is_told_between_chunks_of_measuring(paper):
     _, subject = subject_of()
     told = []
-    job.measure(subject, paper[0], on_chunk=lambda: told.append(0))
+    measure(subject, paper[0], on_chunk=lambda: told.append(0))
     # Chunks of floats, of 8-bit images and of the ball, and steps towards the worst point.
     assert len(told) == 3 * -(-2000 // interpolate.ROWS) + certify.STEPS + 1
 

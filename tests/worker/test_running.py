@@ -13,7 +13,8 @@ from service import MNIST, SMALL, Service, endless, pair
 from sqlalchemy import text
 
 from core import images
-from core.job import Subject, run
+from core.job import Subject
+from core.outcome import run_alone
 from core.spec import CollisionSpec
 from polycollide import stack
 from store.settings import DRAIN_TASK
@@ -55,7 +56,7 @@ def test_results_equal_those_of_a_run_without_a_service(
         images.load(*images.read(names[which]), subject.model.preprocessing)
         for which in ("source", "target")
     ]
-    _, outcome = run(subject, spec, *loaded)
+    _, outcome = run_alone(subject, spec, *loaded)
     ours = outcome.result.model_dump(mode="json")
     company = service.submit_many(5)
     theirs = service.ended(service.submit(MNIST | settings, 7))
