@@ -182,10 +182,16 @@ def _descend(
         gradient = gradient - gradient.mean(1, keepdim=True)
         gradient = gradient / gradient.norm(dim=1, keepdim=True).clamp(min=1e-30)
         length = FIRST_STEP * decay**step
-        weights = project_to_simplex(weights - length * gradient)
+        before = weights
+        # Once more, since on a face most of the first may point out of it.
+        moved = project_to_simplex(before - length * gradient) - before
+        moved = moved * (length / moved.norm(dim=1, keepdim=True).clamp(min=1e-9))
+        weights = project_to_simplex(before + moved)
+        on_step()
+        if torch.equal(weights, before):  # held at corners and faces: so would shorter steps be
+            break
         if step % MEETINGS == 0:
             weights = weights[_apart(weights, found, length * MET)]
-        on_step()
     return where
 
 
