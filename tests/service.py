@@ -18,7 +18,7 @@ from polycollide.stack import Process
 PYTHON = [sys.executable, "-m"]
 MNIST = {"model": "mnist-mlp", "layer": "fc1", "figures": False}
 # Quick to end, and no measure takes time.
-SMALL = MNIST | {"interpolation": {"samples": 100}, "ball_samples": 100}
+SMALL = MNIST | {"interpolation": {"samples": 100}, "ball_samples": 100, "worst_starts": 0}
 # Runs until it is stopped, or for so many seconds.
 ENDLESS = SMALL | {"l_pos_threshold": 1e-12, "learning_rate": 1e-6, "max_steps": 1_000_000}
 
