@@ -19,7 +19,7 @@ import torch
 from subjects import mnist_mlp, one_corner_after_another
 from timing import Report, alternate, clocked, console, duration, quick_asked, table
 
-from core import figures, images, interpolate, job, outcome
+from core import certify, figures, images, interpolate, job, outcome
 from core.spec import CollisionSpec
 from polycollide import local
 from polycollide.reproduce import digit_pairs
@@ -102,12 +102,14 @@ PARTS: dict[str, tuple[object, str]] = {
     "optimise": (job.Engine, "advance"),
     "interpolation": (interpolate, "sample_polytope"),
     "ball": (interpolate, "measure_ball"),
+    "worst point": (certify, "worst_point"),
     "corners": (outcome, "_corner_results"),
     "weights, summary": (interpolate, "summarize"),
     "distances": (interpolate, "measure_polytope"),
     "rest of the result": (outcome, "measure"),
     "figure.png": (figures, "draw_result"),
     "curves.png": (figures, "draw_curves"),
+    "hull.png": (figures, "draw_hull"),
     "snapshots.png": (figures, "draw_snapshots"),
     "files": (local, "write"),
 }
