@@ -86,7 +86,7 @@ def measure(subject: Subject, job: Job, on_chunk: Callable[[], None] = lambda: N
         seconds=job.group.seconds,
         measuring_seconds=0.0,
         cut=subject.cut,
-        warnings=_warnings(subject, job),
+        warnings=_warnings(subject, job, solved),
         notes=[*job.source.notes, *job.target.notes],
         layer=LayerResult(
             name=subject.tap.layer.name,
@@ -258,7 +258,7 @@ def _unit(units: tuple[int, ...]) -> int | list[int]:
     return units[0] if len(units) == 1 else list(units)
 
 
-def _warnings(subject: Subject, job: Job) -> list[str]:
+def _warnings(subject: Subject, job: Job, solved: Exact | None) -> list[str]:
     warnings = []
     if job.seen_source.label == job.seen_target.label:
         warnings.append(
@@ -269,6 +269,10 @@ def _warnings(subject: Subject, job: Job) -> list[str]:
         warnings.append(
             f"Layer {subject.tap.layer.name!r} is no cut: other paths lead around it, so sharing "
             "its activations does not decide the class."
+        )
+    if solved and not solved.dimension:
+        warnings.append(
+            "The exact polytope is the target alone: its active units leave no other image."
         )
     if job.spec.objective == "plain" and job.spec.corners > 1:
         warnings.append("The plain objective has no units: all corners are the same image.")

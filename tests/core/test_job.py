@@ -9,10 +9,11 @@ import torch
 from safetensors.numpy import load_file
 from scipy.spatial.distance import pdist
 
-from core import certify, images, interpolate, job
+from core import certify, exact, images, interpolate, job
 from core.errors import InvalidSpec, UnknownName, UntappableLayer
 from core.models import ASSETS
 from core.outcome import Outcome, measure, run_alone
+from core.result import claims
 from core.spec import CollisionSpec
 from core.taps import open_tap
 
@@ -369,3 +370,51 @@ def test_layers_are_described_in_plain_values_with_every_name_that_opens_them():
         for name in layer.names:
             tap = open_tap(model.classifier.normalize, model.classifier.network, name, probe)
             assert tap.layer.shape == layer.shape
+
+
+def test_exact_corners_are_in_the_result_with_what_is_least():
+    _, found = run(preset=None, model="mnist-mlp", layer="fc1", solver="exact", corners=2)
+    result = found.result
+    assert result.converged
+    assert result.exact.collision_error < 1e-5
+    assert result.exact.dimension == result.exact.dimension_paper == 784 - result.layer.active
+    assert result.exact.least_distance_to_target == 0
+    for corner in result.corners:
+        assert corner.distance_to_source >= result.exact.least_distance_to_source
+        assert corner.l_pos < 1e-6
+    assert result.worst.margin > 0
+
+
+def test_a_polytope_that_is_the_target_alone_is_warned_of():
+    _, found = run(preset=None, model="mnist-cnn", layer="conv1", solver="exact", corners=2)
+    assert found.result.exact.dimension == 0
+    assert any("the target alone" in said for said in found.result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"layer": "fc2"}, exact.NotAffine),
+        ({"layer": "fc1", "source_budget": 0.3}, exact.InfeasibleBudget),
+    ],
+)
+def test_the_exact_solver_says_why_it_cannot(settings, error):
+    with pytest.raises(error):
+        run(preset=None, model="mnist-mlp", solver="exact", **settings)
+
+
+@pytest.mark.parametrize("hull", ["float", "8bit"])
+def test_a_certificate_is_of_the_hull_that_was_asked_for(hull):
+    _, found = run(certify={"hull": hull})
+    proof = found.result.certificate
+    assert (proof.outcome, proof.hull, proof.certified_fraction) == ("certified", hull, 1)
+    assert 0 < proof.bound <= found.result.worst.margin
+    assert dict(claims(found.result))["Proof"].startswith("certified: every point")
+
+
+def test_a_violation_is_shown_and_refutes():
+    """Free pixels, whose mixtures lose the class once they are clipped to 8 bits."""
+    _, found = run(beta=1.0, pixel_range="free", learning_rate=0.005, certify={"hull": "8bit"})
+    assert found.result.certificate.outcome == "refuted"
+    assert found.result.worst.margin_8bit < 0
+    assert "another class" in " ".join(text for _, text in claims(found.result))
