@@ -177,9 +177,10 @@ class Result(_Model):
     polytope: Polytope
     interpolation: InterpolationResult | None
     ball: Ball | None
-    worst: Worst | None
-    certificate: Certificate | None
-    exact: Exact | None
+    # Results of earlier versions have none of these.
+    worst: Worst | None = None
+    certificate: Certificate | None = None
+    exact: Exact | None = None
     provenance: Provenance
 
 

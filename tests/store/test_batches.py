@@ -33,6 +33,8 @@ RESULT = {
         "mean_probability_8bit": 0.8,
         "min_probability": 0.5,
     },
+    "worst": {"margin": 1.5, "margin_8bit": -0.5},
+    "certificate": {"outcome": "unknown"},
 }
 CORNER = {
     "converged": True,
@@ -313,6 +315,9 @@ async def test_results_come_in_order_of_index_and_only_of_finished_jobs(connecti
         "mean_probability": 0.9,
         "mean_probability_8bit": 0.8,
         "min_probability": 0.5,
+        "worst_margin": 1.5,
+        "worst_margin_8bit": -0.5,
+        "certificate": "unknown",
         "labels": [],
         "warnings": "No cut.; No TF32.",
         "notes": None,
