@@ -198,7 +198,8 @@ def prepare(
             f"The target activates no unit of layer {tap.layer.name!r} below saturation, so there "
             "is nothing to collide with; give another target or layer."
         )
-    units = None if spec.objective == "plain" else choose_units(tap, goal, pair[0], spec)
+    without = spec.objective == "plain" or spec.solver == "null_space"
+    units = None if without else choose_units(tap, goal, pair[0], spec)
     if units is None:
         losses = Losses.of_plain(goal, spec.corners, alpha=spec.alpha)
     else:
@@ -219,9 +220,14 @@ def prepare(
         violation_threshold=_absolute(spec.violation_threshold, goal),
     )
     polytope = None
-    if spec.solver == "exact":
-        affine = exact.affine_map(tap, pair)
-        polytope = exact.LayerPolytope.of(affine, tap.layer.clip, *pair, budget=spec.source_budget)
+    if spec.solver != "gradient":
+        polytope = exact.LayerPolytope.of(
+            exact.affine_map(tap, pair),
+            tap.layer.clip,
+            *pair,
+            budget=spec.source_budget,
+            null_space=spec.solver == "null_space",
+        )
         group.score[:], group.reason[:] = 0.0, CONVERGED
     return Job(spec, source, target, goal, units, seen_source, seen_target, group, polytope)
 

@@ -138,16 +138,18 @@ def run_alone(
 def _solve(subject: Subject, job: Job, on_chunk: Callable[[], None]) -> Exact:
     """Gives `job` the corners of its polytope."""
     assert job.polytope
-    assert job.units
     began = time.perf_counter()
     watch = _Watch(on_chunk)
     clock = exact.Clock.within(job.spec.max_seconds, watch)
-    polytope, group = job.polytope, job.group
+    polytope, group, units = job.polytope, job.group, job.units or []
     try:
-        objectives = exact.unit_objectives(polytope, job.units)
+        if units:
+            objectives = exact.unit_objectives(polytope, units)
+        else:
+            objectives = exact.random_objectives(polytope, job.spec.corners, job.spec.seed)
         corners = exact.find_corners(polytope, objectives, clock=clock)
         size = exact.dimension(polytope, clock=clock)
-        unbounded = exact.unbounded(polytope, job.units, clock=clock)
+        unbounded = exact.unbounded(polytope, units, clock=clock)
         to_source, to_target = (
             exact.nearest(polytope, image, clock=clock).distance
             for image in (polytope.source, polytope.target)
@@ -271,9 +273,7 @@ def _warnings(subject: Subject, job: Job, solved: Exact | None) -> list[str]:
             "its activations does not decide the class."
         )
     if solved and not solved.dimension:
-        warnings.append(
-            "The exact polytope is the target alone: its active units leave no other image."
-        )
+        warnings.append("The exact polytope is the target alone: the layer leaves no other image.")
     if job.spec.objective == "plain" and job.spec.corners > 1:
         warnings.append("The plain objective has no units: all corners are the same image.")
     if job.units and len(set(map(frozenset, job.units))) < len(job.units):

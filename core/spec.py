@@ -128,13 +128,14 @@ class CollisionSpec(Strict):
         "with points between them that collide as well, and drives the corners apart.",
     )
     hull: Hull = Field(Hull(), description="Settings of the objective `hull`.")
-    solver: Literal["gradient", "exact"] = Field(
+    solver: Literal["gradient", "exact", "null_space"] = Field(
         "gradient",
-        description="`exact` finds corners of the polytope itself by linear programs, one a unit: "
+        description="`exact` finds corners of the polytope itself by linear programs, one a unit; "
+        "`null_space` leaves no unit free: f' itself is the target's (Ozbulak et al. 2022). Both are "
         "for layers that are affine in the image, where all mixtures of corners collide as well.",
     )
     source_budget: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
-        None, description="How far `exact` may move any pixel from the source; null: anywhere."
+        None, description="How far these may move any pixel from the source; null: anywhere."
     )
     units: (
         Literal["first", "random", "reachable"]
@@ -214,9 +215,9 @@ class CollisionSpec(Strict):
                 f"units lists {len(self.units)} entries for {self.corners} corners; "
                 "give one entry for each corner."
             )
-        if self.source_budget is not None and self.solver != "exact":
+        if self.solver == "gradient" and self.source_budget is not None:
             raise ValueError("source_budget bounds the exact solver; set solver to exact as well.")
-        if self.solver == "exact" and (self.objective, self.pixel_range) != ("corners", "valid"):
+        if self.solver != "gradient" and (self.objective, self.pixel_range) != ("corners", "valid"):
             raise ValueError("The exact solver takes objective corners and valid pixels.")
         return self
 

@@ -183,7 +183,7 @@ BOUNDS: list[tuple[str, list[object], list[object]]] = [
     ("hull", [{"sampling": "worst"}, {"diversity": 0}], [{"sampling": "x"}, {"diversity": -1}]),
     ("hull", [{"margin": 0}, {"margin": 0.99}], [{"margin": 1}, {"margin": -0.1}]),
     ("hull", [{"goal": 10}, {"source": 1e9}], [{"goal": 0}, {"goal": 11}, {"source": -1}]),
-    ("solver", ["gradient", "exact"], ["linear", None]),
+    ("solver", ["gradient", "exact", "null_space"], ["linear", None]),
     ("source_budget", [None], [0, -1, 1.1, math.nan]),
     ("worst_starts", [0, 4096], [-1, 4097]),
     ("certify", [None, {"hull": "8bit"}], [{"hull": "png"}, {"seconds": 0}, {"seconds": 86401}]),
