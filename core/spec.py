@@ -131,8 +131,8 @@ class CollisionSpec(Strict):
     solver: Literal["gradient", "exact", "null_space"] = Field(
         "gradient",
         description="`exact` finds corners of the polytope itself by linear programs, one a unit; "
-        "`null_space` leaves no unit free: f' itself is the target's (Ozbulak et al. 2022). Both are "
-        "for layers that are affine in the image, where all mixtures of corners collide as well.",
+        "`null_space` leaves no unit free: f' is the target's all over (Ozbulak et al. 2022). Both "
+        "are for layers that are affine in the image, where all mixtures of corners collide as well.",
     )
     source_budget: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
         None, description="How far these may move any pixel from the source; null: anywhere."
