@@ -132,7 +132,7 @@ class CollisionSpec(Strict):
         "gradient",
         description="`exact` finds corners of the polytope itself by linear programs, one a unit; "
         "`null_space` leaves no unit free: f' is the target's all over (Ozbulak et al. 2022). Both "
-        "are for layers that are affine in the image, where all mixtures of corners collide as well.",
+        "are for layers that are affine in the image, where mixtures of corners collide as well.",
     )
     source_budget: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
         None, description="How far these may move any pixel from the source; null: anywhere."
