@@ -39,15 +39,15 @@ SETTINGS: dict[str, Any] = {
     "beta": {"relative": 0.1},
     "learning_rate": 0.03,
     "max_steps": 250,
-    "l_pos_threshold": {"relative": 0.08},
-    "violation_threshold": {"relative": 0.06},
+    "l_pos_threshold": {"relative": 0.15},
+    "violation_threshold": {"relative": 0.1},
     "precision": "bf16",
     "ball_samples": 0,
     "certify": None,
     "snapshots": 0,
     "figures": False,
 }
-HULL: dict[str, Any] = {"diversity": 6.0, "margin": 0.25, "source": 3.0}
+HULL: dict[str, Any] = {"diversity": 6.0, "margin": 0.35, "source": 6.0}
 
 
 def shuffled() -> list[tuple[str, str]]:
@@ -155,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Hulls of photographs on SqueezeNet.")
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--pairs", type=int, default=PAIRS, help="of the shuffle")
-    parser.add_argument("--goal", type=float, default=0.5, help="the spread to reach (pairs)")
+    parser.add_argument("--goal", type=float, default=0.6, help="the spread to reach (pairs)")
     parser.add_argument("--out", type=Path, default=Path("hulls"), help="a folder for results")
     options = parser.parse_args()
     console.print(json.dumps(SETTINGS | {"hull": HULL}))
