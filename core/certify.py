@@ -20,7 +20,7 @@ from torch import Tensor
 
 from core import bounds
 from core.bounds import UnsupportedNetwork
-from core.interpolate import _parts, probability_of, simplex_weights
+from core.interpolate import chunk, probability_of, simplex_weights
 from core.taps import Tap, matmul_precision
 
 STARTS, STEPS = 64, 100
@@ -108,10 +108,10 @@ def worst_point(
         return found.detach(), gradient.double()
 
     def look_at_all(weights: Tensor) -> tuple[Tensor, Tensor]:
-        found, gradients = zip(*map(look, weights.split(chunk)), strict=True)
+        parts = weights.split(chunk(corners[0]))
+        found, gradients = zip(*map(look, parts), strict=True)
         return torch.cat(found), torch.cat(gradients)
 
-    chunk = next(_parts(2**31, corners[0])).stop
     begin = _starts(len(corners), starts, seed).to(corners.device)
     best = _descend(look_at_all, begin, steps, on_step)
     # Kernels for few images round unlike those for many: what is told is true of this image alone.
@@ -356,8 +356,8 @@ class _Search:
         points = weights.to(self.corners.device)
         margins = torch.cat(
             [
-                margins_of(self.tap.logits(_mixtures(points[part], self.corners)), self.label)
-                for part in _parts(len(points), self.corners[0])
+                margins_of(self.tap.logits(_mixtures(part, self.corners)), self.label)
+                for part in points.split(chunk(self.corners[0]))
             ]
         )
         return weights[margins.argmin()] if bool((margins < 0).any()) else None

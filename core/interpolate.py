@@ -273,9 +273,14 @@ def _look(pre: Tensor, logits: Tensor, target: Target, label: int) -> Tensor:
     return torch.stack([probability_of(label, logits), logits.argmax(1), residual(pre, target)])
 
 
+def chunk(image: Tensor) -> int:
+    """How many images like `image` [C, H, W] one forward pass of measurement takes."""
+    rows = ROWS if image.device.type == "cpu" else CHUNK
+    return max(1, min(rows, CHUNK // image.numel()))
+
+
 def _parts(samples: int, image: Tensor) -> Iterator[slice]:
     """Chunks of `samples` images like `image` [C, H, W]."""
-    rows = ROWS if image.device.type == "cpu" else CHUNK
-    size = max(1, min(rows, CHUNK // image.numel()))
+    size = chunk(image)
     for start in range(0, samples, size):
         yield slice(start, min(start + size, samples))
