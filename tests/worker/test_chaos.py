@@ -105,7 +105,7 @@ def test_kill_9_of_the_artist_costs_no_picture_and_it_outlives_no_worker(whole: 
 
 def test_a_worker_told_to_end_leaves_the_pictures_to_the_next(whole: Service) -> None:
     worker = whole.start_worker()
-    jobs = [whole.submit(DRAWN, i) for i in range(40)]
+    jobs = [whole.submit(DRAWN, i) for i in range(20)]
     artist_of(whole, worker)
     began = time.monotonic()
     worker.stop()
