@@ -54,6 +54,9 @@ class Settings(BaseSettings):
         description="Of a worker's volume: checkpoints too large for the store.",
     )
     reconcile_every: timedelta = timedelta(seconds=2)
+    pulse_file: Path | None = Field(
+        None, description="Touched at each turn of the reconciler, for health checks."
+    )
 
     watch_for: timedelta = Field(
         timedelta(minutes=15),

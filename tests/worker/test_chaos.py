@@ -151,6 +151,24 @@ def test_kill_9_of_the_reconciler_and_two_at_once(whole: Service) -> None:
     whole.start_reconciler()
 
 
+def test_a_reconciler_shows_its_pulse_where_it_is_told_to_and_lives_where_it_cannot(
+    whole: Service, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    shown, hidden = tmp_path / "pulse", tmp_path / "file" / "pulse"
+    first, second = (
+        whole.start("reconciler", "worker.reconciler", POLYCOLLIDE_PULSE_FILE=str(path))
+        for path in (shown, hidden)
+    )
+    for _ in range(2):  # it beats more than once
+        whole.until(shown.exists, 20, "it beats")
+        shown.unlink()
+    assert first.alive
+    assert second.alive
+    for reconciler in (first, second):
+        reconciler.kill()
+
+
 def test_a_worker_that_stood_still_past_its_lease_changes_nothing_afterwards(
     whole: Service,
 ) -> None:
