@@ -431,14 +431,10 @@ class Engine:
         group.snapshots.note(group.age, lambda: self._images(group, where))
         late = group.age >= group.spec.max_steps, group.seconds >= group.spec.max_seconds
         enough = score < (0 if group.hull else 1)
-        in_time = group.hull is not None and any(late) & group.converged[corner]
+        in_time = group.converged[corner] & any(late)  # a hull that would still have grown
+        over = [np.full(len(score), is_late) for is_late in late]
         reason = np.select(
-            [
-                enough,
-                ~np.isfinite(score),
-                in_time,
-                *(np.full(len(score), is_late) for is_late in late),
-            ],
+            [enough, ~np.isfinite(score), in_time, *over],
             [CONVERGED, DIVERGED, CONVERGED, MAX_STEPS, MAX_SECONDS],
             RUNNING,
         )

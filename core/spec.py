@@ -215,6 +215,8 @@ class CollisionSpec(Strict):
                 f"units lists {len(self.units)} entries for {self.corners} corners; "
                 "give one entry for each corner."
             )
+        if self.objective == "hull" and self.corners < 2:
+            raise ValueError("A hull has two corners or more; give corners, or another objective.")
         if self.solver == "gradient" and self.source_budget is not None:
             raise ValueError("source_budget bounds the exact solver; set solver to exact as well.")
         if self.solver != "gradient" and (self.objective, self.pixel_range) != ("corners", "valid"):

@@ -138,6 +138,8 @@ class Runner:
             log.exception("the loop broke")
             # Leases that nobody vouches for run out; whose fault it was, their count will tell.
             wait(self._measuring)
+            for undrawn in self._drawing:
+                undrawn.cancel()
             self._beat.drop_all()
             self._held.clear()
             self._measuring.clear()

@@ -139,7 +139,7 @@ def test_without_a_preset_model_and_layer_must_be_said() -> None:
 def test_presets_are_not_changed_by_their_use() -> None:
     before = json.dumps(PRESETS)
     for preset in PRESETS:
-        CollisionSpec.model_validate(MINIMAL | {"preset": preset, "alpha": 2, "corners": 1})
+        CollisionSpec.model_validate(MINIMAL | {"preset": preset, "alpha": 2, "corners": 2})
     assert json.dumps(PRESETS) == before
 
 
@@ -242,6 +242,11 @@ def test_the_exact_solver_has_a_budget_and_no_other_objective(settings: dict[str
     assert build(solver="exact", source_budget=0.5).source_budget == 0.5
 
 
+def test_a_hull_has_corners_to_span_it() -> None:
+    assert refusals(objective="hull", corners=1) == [""]
+    assert build(objective="hull", corners=2).rows == 2 + 5
+
+
 @pytest.mark.parametrize("corners", [1, 3, 5])
 @pytest.mark.parametrize("entries", [1, 2, 3, 4, 5, 6])
 def test_listed_units_must_be_one_entry_for_each_corner(corners: int, entries: int) -> None:
@@ -336,6 +341,10 @@ def specs(draw: st.DrawFn) -> CollisionSpec:
     else:
         settings["units"] = draw(st.sampled_from(["first", "random", "reachable"]))
         settings["corners"] = draw(st.integers(1, 256))
+    if settings["corners"] == 1 and settings.get("objective") == "hull":
+        settings["objective"] = "corners"
+    if settings["corners"] == 1 and settings.get("preset") == "hull":
+        settings["preset"] = None
     return CollisionSpec.model_validate(settings)
 
 
