@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from core import bounds
-from core.bounds import UnsupportedNetwork
 from core.interpolate import chunk, probability_of, simplex_weights
+from core.program import UnsupportedNetwork, read
 from core.taps import Tap, matmul_precision
 
 STARTS, STEPS = 64, 100
@@ -265,7 +265,7 @@ class _Search:
             return self._end("refuted", weights=found)
         try:
             shape = tuple(self.wide.shape[1:])
-            self.program = bounds.read(self.tap.normalize, self.tap.network, shape)
+            self.program = read(self.tap.normalize, self.tap.network, shape)
         except UnsupportedNetwork as error:
             return self._end("unknown", reason=str(error))
         size = self._bytes()

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core import certify, exact, images, interpolate, models
+from core import certify, images, interpolate, models
 from core.engine import CONVERGED, Engine, Group
 from core.errors import InvalidSpec, UnknownName
 from core.hull import Hull
 from core.models import Model
 from core.objective import Losses, Target
+from core.polytope import LayerPolytope, affine_map
 from core.result import Seen
 from core.spec import CollisionSpec, Relative, Threshold
 from core.taps import (
@@ -100,7 +101,7 @@ class Job:
     seen_source: Seen
     seen_target: Seen
     group: Group
-    polytope: exact.LayerPolytope | None = None
+    polytope: LayerPolytope | None = None
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,8 @@ def prepare(
     )
     polytope = None
     if spec.solver != "gradient":
-        polytope = exact.LayerPolytope.of(
-            exact.affine_map(tap, pair),
+        polytope = LayerPolytope.of(
+            affine_map(tap, pair),
             tap.layer.clip,
             *pair,
             budget=spec.source_budget,

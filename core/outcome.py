@@ -15,6 +15,7 @@ from core import certify, exact, images, interpolate
 from core.engine import REASONS, Group
 from core.job import Job, Subject, chosen_mask, prepare
 from core.objective import l_neg, l_pos, residual, violation
+from core.polytope import Clock, Stopped, collision_error
 from core.result import Certificate, CornerResult, Exact, LayerResult, Provenance, Result, Worst
 from core.spec import CollisionSpec
 from core.taps import matmul_precision
@@ -140,7 +141,7 @@ def _solve(subject: Subject, job: Job, on_chunk: Callable[[], None]) -> Exact:
     assert job.polytope
     began = time.perf_counter()
     watch = _Watch(on_chunk)
-    clock = exact.Clock.within(job.spec.max_seconds, watch)
+    clock = Clock.within(job.spec.max_seconds, watch)
     polytope, group, units = job.polytope, job.group, job.units or []
     try:
         if units:
@@ -154,11 +155,11 @@ def _solve(subject: Subject, job: Job, on_chunk: Callable[[], None]) -> Exact:
             exact.nearest(polytope, image, clock=clock).distance
             for image in (polytope.source, polytope.target)
         )
-    except exact.Stopped:
-        raise watch.error or exact.Stopped() from None
+    except Stopped:
+        raise watch.error or Stopped() from None
     group.corners = polytope.affine.images(corners).to(group.corners)
     group.seconds = time.perf_counter() - began
-    errors, _ = exact.collision_error(subject.tap, polytope, group.corners)
+    errors, _ = collision_error(subject.tap, polytope, group.corners)
     return Exact(
         source_budget=polytope.budget,
         dimension=size.dimension,

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from core import bounds
-from core.bounds import Affine, Enclosure, UnsupportedNetwork, float32_error, mix, read
+from core import bounds, program
+from core.bounds import Enclosure, float32_error, mix
 from core.models import Normalize
+from core.program import READERS, Affine, UnsupportedNetwork, read
 
 SHAPE = (2, 6, 7)
 CORNERS = 4
@@ -325,7 +326,7 @@ def test_a_wrong_backward_rule_shows(monkeypatch, name):
 @pytest.mark.parametrize("name", READER_MUTANTS)
 def test_a_wrong_reader_shows_and_is_refused_before(monkeypatch, name):
     operation, change = READER_MUTANTS[name]
-    monkeypatch.setitem(bounds.READERS, operation, _read_affine(bounds.READERS[operation], change))
+    monkeypatch.setitem(READERS, operation, _read_affine(READERS[operation], change))
     if change is not _signed:
         with pytest.raises(UnsupportedNetwork, match="something else"):
             read(NORMALIZE, everything(0), SHAPE)
@@ -337,13 +338,13 @@ def test_a_wrong_reader_shows_and_is_refused_before(monkeypatch, name):
     "operation, reader",
     [
         ("cat", lambda call: call.rearrange(lambda *xs: torch.cat(xs[::-1], 1))),
-        ("relu6", bounds._read_relu),
-        ("clip", bounds._read_relu6),
+        ("relu6", program._read_relu),
+        ("clip", program._read_relu6),
         ("reshape", lambda call: call.rearrange(lambda x: x.flatten(1).flip(1))),
     ],
 )
 def test_a_layer_misread_shows_and_is_refused_before(monkeypatch, operation, reader):
-    monkeypatch.setitem(bounds.READERS, operation, reader)
+    monkeypatch.setitem(READERS, operation, reader)
     with pytest.raises(UnsupportedNetwork, match="something else"):
         read(NORMALIZE, everything(0), SHAPE)
     monkeypatch.setattr(torch, "allclose", lambda *_: True)
@@ -376,7 +377,7 @@ def exact(*values: Any) -> Enclosure:
 
 
 def clip(inner: Enclosure, high: float) -> Enclosure:
-    step = bounds.Step("clip", "clip", (0,), (), (), high=high)
+    step = program.Step("clip", "clip", (0,), (), (), high=high)
     return bounds.FORWARD["clip"](step, [inner])
 
 

@@ -16,17 +16,8 @@ from torch import Tensor, nn
 
 from core.errors import InvalidSpec
 from core.exact import (
-    AffineMap,
-    Clock,
     Conflict,
     InfeasibleBudget,
-    LayerPolytope,
-    NotAffine,
-    OutOfTime,
-    Stopped,
-    TooLarge,
-    affine_map,
-    collision_error,
     dimension,
     find_corners,
     least_budget,
@@ -37,6 +28,17 @@ from core.exact import (
     unit_objectives,
 )
 from core.models import ASSETS, Model, Normalize
+from core.polytope import (
+    AffineMap,
+    Clock,
+    LayerPolytope,
+    NotAffine,
+    OutOfTime,
+    Stopped,
+    TooLarge,
+    affine_map,
+    collision_error,
+)
 from core.taps import Tap, open_tap
 
 Floats = NDArray[np.float64]

@@ -13,6 +13,7 @@ from core import certify, exact, images, interpolate, job
 from core.errors import InvalidSpec, UnknownName, UntappableLayer
 from core.models import ASSETS
 from core.outcome import Outcome, measure, run_alone
+from core.polytope import NotAffine
 from core.result import claims
 from core.spec import CollisionSpec
 from core.taps import open_tap
@@ -405,7 +406,7 @@ def test_a_polytope_that_is_the_target_alone_is_warned_of():
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"layer": "fc2"}, exact.NotAffine),
+        ({"layer": "fc2"}, NotAffine),
         ({"layer": "fc1", "source_budget": 0.3}, exact.InfeasibleBudget),
     ],
 )
