@@ -1,5 +1,6 @@
 """Whether workers can run what a spec asks for, as far as they have reported."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,13 +62,13 @@ class Catalog:
             self._check_size(spec, report.input_shape)
 
     def _check_size(self, spec: CollisionSpec, input_shape: list[int]) -> None:
-        parameters = spec.corners
-        for side in input_shape:
-            parameters *= side
+        parameters = spec.rows * math.prod(input_shape)
         if parameters > self.max_parameters:
+            points = spec.rows - spec.corners
+            between = f" and {points} points between them" if points else ""
             raise InvalidSpec(
-                f"{spec.corners} corners of {'x'.join(map(str, input_shape))} are {parameters:,} "
-                f"parameters, over {self.max_parameters:,}; ask for fewer corners."
+                f"{spec.corners} corners{between}, of {'x'.join(map(str, input_shape))}, are "
+                f"{parameters:,} parameters, over {self.max_parameters:,}; ask for fewer."
             )
 
 

@@ -233,17 +233,20 @@ def test_what_no_worker_knows_is_refused_with_what_is_near(
     service: Service, client: httpx.Client
 ) -> None:
     large = MODEL | {"name": "large", "input_shape": [3, 4096, 4096], "layers": None}
-    with serving(service.engine, MODEL, large):
+    wide = large | {"name": "wide", "input_shape": [3, 2000, 2000]}
+    with serving(service.engine, MODEL, large, wide):
         for given, code, near in (
             ({"model": "mnist-mpl"}, "unknown_name", "mnist-mlp"),
             ({"layer": "fc3"}, "unknown_name", "fc1"),
             ({"weights": "shippd"}, "unknown_name", "shipped"),
             ({"target_class": "11"}, "unknown_name", "known"),
-            ({"model": "large"}, "invalid_spec", "fewer corners"),
+            ({"model": "large"}, "invalid_spec", "ask for fewer"),
+            ({"model": "wide", "objective": "hull"}, "invalid_spec", "5 points between them"),
         ):
             response = client.post("/v1/jobs", json=JOB | {"spec": SPEC | given})
             assert near in refused(response, 422, code)
         submitted(client, spec=SPEC | {"target_class": 7, "weights": "shipped"})
+        submitted(client, spec=SPEC | {"model": "wide"})
 
 
 def test_a_key_may_have_only_so_many_jobs_waiting(new_settings: Callable[..., Settings]) -> None:
