@@ -56,15 +56,20 @@ def shuffled() -> list[tuple[str, str]]:
     return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
 
 
-def collide(net: Net, pair: tuple[str, str], **settings: Any) -> Result:
-    """The result for two photographs."""
+def collide(net: Net, pair: tuple[str, str], file: Path, **settings: Any) -> Result:
+    """The result for two photographs: the one in `file`, if it is there already."""
+    if file.is_file():
+        return Result.model_validate_json(file.read_text())
     spec = CollisionSpec.model_validate(SETTINGS | settings)
     subject = replace(net.subject(spec), natural=NATURAL)
     loaded = []
     for name in pair:
         file = DATA / "photos" / f"{name}.jpg"
         loaded.append(images.load(file.name, file.read_bytes(), net.model.preprocessing))
-    return run_alone(subject, spec, *loaded)[1].result
+    result = run_alone(subject, spec, *loaded)[1].result
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(result.model_dump_json(indent=2))
+    return result
 
 
 def add(made: Table, name: str, result: Result) -> None:
@@ -93,16 +98,12 @@ COLUMNS = (
 
 
 def pairs(options: argparse.Namespace) -> None:
-    """Each of the pairs, then the verdict on all; what is in the folder is not done again."""
+    """Each of the pairs, then the verdict on all."""
     net, results = squeezenet(), list[Result]()
-    options.out.mkdir(parents=True, exist_ok=True)
     made = table(f"{net.title}: hulls with a goal of {options.goal:g}", "", *COLUMNS)
     for pair in track(shuffled()[: options.pairs], "Pairs", console=console):
         file = options.out / f"{'-'.join(pair)}-{options.goal:g}.json"
-        if not file.is_file():
-            result = collide(net, pair, hull=HULL | {"goal": options.goal})
-            file.write_text(result.model_dump_json(indent=2))
-        results.append(Result.model_validate_json(file.read_text()))
+        results.append(collide(net, pair, file, hull=HULL | {"goal": options.goal}))
         add(made, " to ".join(name.split("_", 1)[1] for name in pair), results[-1])
     console.print(made)
     _judge(results)
@@ -128,9 +129,8 @@ def _judge(results: list[Result]) -> None:
     console.print(made)
 
 
-def frontier(options: argparse.Namespace) -> None:
-    """By each objective, from narrow to wide."""
-    net, pair = squeezenet(), shuffled()[PAIRS]
+def objectives() -> dict[str, dict[str, Any]]:
+    """Settings by name, from narrow to wide."""
     unit = {"objective": "corners", "hull": {}}
     # A unit's own weight is all that spreads corners without a hull.
     tried: dict[str, dict[str, Any]] = {
@@ -142,9 +142,16 @@ def frontier(options: argparse.Namespace) -> None:
         for goal in (0.3, 0.6, 0.9):
             hull = HULL | {"goal": goal, "sampling": sampling}
             tried[f"hull, {sampling}, goal {goal:g}"] = {"hull": hull}
+    return tried
+
+
+def frontier(options: argparse.Namespace) -> None:
+    """By each objective, from narrow to wide."""
+    net, pair = squeezenet(), shuffled()[PAIRS]
     made = table(f"{net.title}: {' to '.join(pair)}", "", *COLUMNS)
-    for name, settings in track(tried.items(), "Objectives", console=console):
-        add(made, name, collide(net, pair, **settings))
+    for name, settings in track(objectives().items(), "Objectives", console=console):
+        file = options.out / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+        add(made, name, collide(net, pair, file, **settings))
     console.print(made)
 
 
@@ -156,7 +163,9 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--pairs", type=int, default=PAIRS, help="of the shuffle")
     parser.add_argument("--goal", type=float, default=0.6, help="the spread to reach (pairs)")
-    parser.add_argument("--out", type=Path, default=Path("hulls"), help="a folder for results")
+    parser.add_argument(
+        "--out", type=Path, default=Path("hulls"), help="results; those there are not made again"
+    )
     options = parser.parse_args()
     console.print(json.dumps(SETTINGS | {"hull": HULL}))
     PARTS[options.part](options)
