@@ -21,7 +21,7 @@ from torch import Tensor
 from core.errors import CoreError, UnknownName
 from core.hull import Hull, ascend
 from core.objective import Losses, RowTensors
-from core.parametrize import Bounds, Pixels
+from core.parametrize import Bounds, Parametrization, Pixels, project_
 from core.spec import CollisionSpec
 from core.taps import Tap, matmul_precision
 
@@ -77,7 +77,7 @@ class Group:
     steps led to them, and `reason` [K], an index into REASONS, why a row ended. Best is least in
     `score` [K], the larger of L_pos and violation over their thresholds: below 1 a row has
     converged. `latest` [K, 2] is L_pos and violation at the last check, NaN once retired; `curves`
-    notes them and `snapshots` the images along the way.
+    notes them and `snapshots` the images along the way. Rows are pixels, but with `patches`.
 
     Rows of a group with a `hull` share one score and end together: while the worst of them, or of
     the points between them, is above a threshold that is its score, then what the spread lacks.
@@ -90,9 +90,11 @@ class Group:
     l_pos_threshold: float
     violation_threshold: float = math.inf
     hull: Hull | None = None
+    patches: Parametrization | None = None
 
     age: int = 0
     seconds: float = 0.0
+    parametrization: Parametrization = field(init=False)
     corners: Tensor = field(init=False)
     score: Floats = field(init=False)
     latest: Floats = field(init=False)
@@ -103,7 +105,8 @@ class Group:
 
     def __post_init__(self) -> None:
         k = self.spec.corners
-        self.corners = self.source.expand(k, *self.source.shape).clone()
+        self.parametrization = self.patches or Pixels(self.source)
+        self.corners = self.parametrization.images(self.parametrization.start(k))
         self.score, self.latest = np.full(k, np.inf), np.full((k, 2), np.nan)
         self.steps, self.reason = np.zeros(k, np.int64), np.zeros(k, np.int64)
         self.curves, self.snapshots = Record(CURVE_POINTS), Record(self.spec.snapshots)
@@ -158,10 +161,11 @@ class _Points:
 class _Seen:
     """A pass over all rows and, behind them, all points: f' and, where a hull asks for it, logits.
 
-    `leaf` are the parameters that it depends on.
+    It depends on the parameters `leaf`, by way of the rows' `images`.
     """
 
     leaf: Tensor
+    images: Tensor
     pre: Tensor
     logits: Tensor | None
 
@@ -187,7 +191,6 @@ class Engine:
         on_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.tap, self.optimizer, self.tf32, self.on_step = tap, optimizer, tf32, on_step
-        self.parametrization = Pixels()
         self._groups: list[Group] = []
         # Those that join at the next stride, each with its rows and their corners' numbers.
         self._waiting: list[tuple[Group, _Rows, Integers]] = []
@@ -212,7 +215,7 @@ class Engine:
         rows = self._fresh_rows(group)
         if state is not None:
             _restore(group, rows, state)
-            group.corners = self.parametrization.images(rows.kept)
+            group.corners = group.parametrization.images(rows.kept)
         if not group.running.any():
             self._finished.append(group)
             return
@@ -250,7 +253,7 @@ class Engine:
             UnknownName: no group of that key is here.
         """
         group, rows, corner = self._share(key)
-        group.corners[_index(corner, rows)] = self.parametrization.images(rows.kept)
+        group.corners[_index(corner, rows)] = group.parametrization.images(rows.kept)
         group.reason[group.running] = STOPPED
         self._drop(group)
         return group
@@ -337,7 +340,7 @@ class Engine:
         self._groups, self._waiting = [*self._groups, *groups], []
 
     def _fresh_rows(self, group: Group) -> _Rows:
-        parameters = self.parametrization.start(group.source, group.spec.corners)
+        parameters = group.parametrization.start(group.spec.corners)
         each = parameters.new_ones(group.spec.corners)
         image = each.view(-1, *[1] * group.source.dim())
         free = group.spec.pixel_range == "free"
@@ -365,19 +368,29 @@ class Engine:
 
     def _forward(self) -> _Seen:
         leaf = self._rows.parameters.detach().requires_grad_()
-        images = self.parametrization.images(leaf)
+        images = self._images(leaf)
         if not self._points:
-            return _Seen(leaf, self.tap(images), None)
+            return _Seen(leaf, images, self.tap(images), None)
         between = []
         for points in self._points:
             points.weights = points.weights.detach().requires_grad_(points.hull.seeks)
             between.append(torch.tensordot(points.weights, images[points.where], dims=1))
         missing = _missing(sum(map(len, between)), images)
         between.append(images[:1].detach().expand(missing, *images.shape[1:]))
-        images = torch.cat([images, *between])
+        whole = torch.cat([images, *between])
         if any(points.hull.settings.margin for points in self._points):
-            return _Seen(leaf, *self.tap.observe(images))
-        return _Seen(leaf, self.tap(images), None)
+            return _Seen(leaf, images, *self.tap.observe(whole))
+        return _Seen(leaf, images, self.tap(whole), None)
+
+    def _images(self, parameters: Tensor) -> Tensor:
+        """Those of all rows, fillers included, which are rows of the first group."""
+        if all(group.patches is None for group in self._groups):
+            return parameters
+        parts = [g.parametrization.images(parameters[where]) for g, where in self._places()]
+        fillers = parameters[len(self._owner) :]
+        if len(fillers):
+            parts.append(self._groups[0].parametrization.images(fillers))
+        return torch.cat(parts)
 
     def _between(self) -> Iterator[tuple[_Points, slice]]:
         """Each group's points, and where they are in a pass."""
@@ -393,7 +406,7 @@ class Engine:
         losses, score = _scores(rows.losses, seen.pre[: len(rows.score)], rows.thresholds)
         for points, part in self._between():
             worst = self._worst(points, part, seen)
-            spread = points.hull.spread(rows.parameters[points.where])
+            spread = points.hull.spread(seen.images[points.where])
             lacking = 1 - spread / points.hull.settings.goal
             score[points.where] = torch.where(worst < 1, lacking, worst)
         better = score < rows.score  # false for NaN
@@ -428,7 +441,7 @@ class Engine:
         group.latest = np.full((group.spec.corners, 2), np.nan)
         group.latest[corner] = table[:, :2]
         group.curves.note(group.age, lambda: torch.from_numpy(group.latest))
-        group.snapshots.note(group.age, lambda: self._images(group, where))
+        group.snapshots.note(group.age, lambda: self._snapshot(group, where))
         late = group.age >= group.spec.max_steps, group.seconds >= group.spec.max_seconds
         enough = score < (0 if group.hull else 1)
         in_time = group.converged[corner] & any(late)  # a hull that would still have grown
@@ -441,10 +454,10 @@ class Engine:
         group.reason[corner] = reason
         return not group.running[corner].all()
 
-    def _images(self, group: Group, where: slice) -> Tensor:
+    def _snapshot(self, group: Group, where: slice) -> Tensor:
         images = group.corners.clone()
         corner = torch.from_numpy(self._corner[where])
-        images[corner] = self.parametrization.images(self._rows.parameters[where])
+        images[corner] = group.parametrization.images(self._rows.parameters[where])
         return images.cpu()
 
     def _retire(self) -> None:
@@ -455,7 +468,7 @@ class Engine:
             running[where] = group.running[corner]
             ended = torch.from_numpy(corner[~running[where]])
             kept = self._rows.kept[where][torch.from_numpy(~running[where])]
-            group.corners[ended] = self.parametrization.images(kept)
+            group.corners[ended] = group.parametrization.images(kept)
         finished = [group for group in self._groups if not group.running.any()]
         self._keep(running)
         self._finished += finished
@@ -498,8 +511,8 @@ class Engine:
         return rate, epsilon
 
     def _bounds(self) -> Bounds | None:
-        """Where parameters are kept: numbers where rows agree, which is several times faster."""
-        ranges = {group.spec.pixel_range for group in self._groups}
+        """Where pixels are kept: numbers where rows agree, which is several times faster."""
+        ranges = {"free" if g.patches else g.spec.pixel_range for g in self._groups}
         if ranges == {"free"}:
             return None
         return (0.0, 1.0) if ranges == {"valid"} else (self._rows.low, self._rows.high)
@@ -515,16 +528,23 @@ class Engine:
             direction = direction / rows.square.sqrt().add_(epsilon)
         rows.parameters.addcmul_(rate, direction, value=-1)
         if bounds:
-            self.parametrization.project_(rows.parameters, bounds)
+            project_(rows.parameters, bounds)
 
     def _gradient(self, seen: _Seen) -> Tensor:
-        """d loss / d parameters [R, C, H, W]; points that seek the worst move on."""
-        losses, leaf, pre = self._rows.losses, seen.leaf, seen.pre.detach()
+        """d loss / d parameters [R, ...]; points that seek the worst move on."""
+        gradient = self._at_images(seen)
+        if seen.images is not seen.leaf:
+            (gradient,) = torch.autograd.grad(seen.images, seen.leaf, gradient)
+        return gradient
+
+    def _at_images(self, seen: _Seen) -> Tensor:
+        """d loss / d images [R, C, H, W]."""
+        losses, images, pre = self._rows.losses, seen.images, seen.pre.detach()
         if not self._points:
-            (gradient,) = torch.autograd.grad(seen.pre, leaf, losses.gradient(pre))
+            (gradient,) = torch.autograd.grad(seen.pre, images, losses.gradient(pre))
             return gradient
         away = torch.zeros_like(pre)
-        away[: len(leaf)] = losses.gradient(pre[: len(leaf)])
+        away[: len(images)] = losses.gradient(pre[: len(images)])
         for points, part in self._between():
             away[part] = points.hull.losses.gradient(pre[part])
         outputs, aways = [seen.pre], [away]
@@ -532,12 +552,12 @@ class Engine:
             outputs.append(seen.logits)
             aways.append(self._off_class(seen.logits.detach()))
         seeking = [points for points in self._points if points.hull.seeks]
-        inputs = [leaf, *(points.weights for points in seeking)]
+        inputs = [images, *(points.weights for points in seeking)]
         gradient, *rising = torch.autograd.grad(outputs, inputs, aways)
         for points, rise in zip(seeking, rising, strict=True):
             points.weights = ascend(points.weights, rise)
         for points, part in self._between():
-            corners, group = leaf.detach()[points.where], points.group
+            corners, group = images.detach()[points.where], points.group
             worst = self._worst(points, part, seen)
             drive = points.hull.drive(corners, group.source, group.age, worst)
             gradient[points.where] += drive

@@ -1,5 +1,8 @@
 """From what the engine moves to images: here the pixels themselves."""
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -7,16 +10,31 @@ from torch import Tensor
 Bounds = tuple[float, float] | tuple[Tensor, Tensor]
 
 
-class Pixels:
-    """The parameters of a row are its image, [C, H, W] in [0, 1]."""
+class Parametrization(Protocol):
+    """How the parameters [R, ...] of one job's rows make their images [R, C, H, W]."""
 
-    def start(self, source: Tensor, corners: int) -> Tensor:
-        """Parameters [K, C, H, W] whose images are all `source` [C, H, W]."""
-        return source.expand(corners, *source.shape).clone()
+    def start(self, corners: int) -> Tensor:
+        """The parameters [K, ...] that all rows begin with."""
+        ...
+
+    def images(self, parameters: Tensor) -> Tensor:
+        """Differentiable, and each image by its own row alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The parameters of a row are its image, [C, H, W]; it begins as `source`."""
+
+    source: Tensor
+
+    def start(self, corners: int) -> Tensor:
+        return self.source.expand(corners, *self.source.shape).clone()
 
     def images(self, parameters: Tensor) -> Tensor:
         return parameters
 
-    def project_(self, parameters: Tensor, bounds: Bounds) -> None:
-        """Clamps in place, every row to its own range where `bounds` are tensors [R, 1, 1, 1]."""
-        torch.clamp(parameters, *bounds, out=parameters)
+
+def project_(pixels: Tensor, bounds: Bounds) -> None:
+    """Clamps in place, every row to its own range where `bounds` are tensors [R, 1, 1, 1]."""
+    torch.clamp(pixels, *bounds, out=pixels)
