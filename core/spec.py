@@ -206,7 +206,7 @@ class CollisionSpec(Strict):
             return data
         if data["preset"] not in PRESETS:
             raise ValueError(str(UnknownName("preset", data["preset"], PRESETS)))
-        return PRESETS[data["preset"]] | data
+        return _over(PRESETS[data["preset"]], data)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -234,6 +234,15 @@ class CollisionSpec(Strict):
         shared = (self.model, self.weights, self.layer, self.precision)
         loop = (self.optimizer, self.objective == "plain")
         return hashlib.sha256(repr((*shared, *loop)).encode()).hexdigest()[:16]
+
+
+def _over(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What is given, over the preset; of settings that have settings of their own, each by itself."""
+    merged = preset | given
+    for name, value in given.items():
+        if isinstance(value, dict) and isinstance(preset.get(name), dict):
+            merged[name] = preset[name] | value
+    return merged
 
 
 # Each fixes whatever decides a result but the seed. `paper-*`: what the paper or the authors' code

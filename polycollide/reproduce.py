@@ -237,7 +237,7 @@ BEYOND: dict[str, dict[str, Any]] = {
         "preset": "hull",
         "model": "mnist-cnn",
         "layer": "fc1",
-        "hull": {"goal": 0.33},
+        "hull": {"goal": 0.33, "diversity": 1.0},
     },
 }
 BUDGETS, BUDGET_PAIRS = [0.6, 0.7, 0.8, 0.9, None], 5

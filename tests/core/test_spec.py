@@ -101,6 +101,14 @@ def test_what_the_user_sets_wins_over_the_preset(preset: str, field: str) -> Non
     assert {name: dumped[name] for name in fixed} == fixed | {field: other}
 
 
+def test_one_of_a_presets_inner_settings_leaves_the_others_as_they_are() -> None:
+    spec = build(preset="hull", hull={"goal": 0.5}, beta={"relative": 2.0}, alpha=2.0)
+    assert spec.hull == Hull(**PRESETS["hull"]["hull"] | {"goal": 0.5})
+    assert spec.hull.diversity != Hull().diversity
+    assert build(preset="hull", beta=3.0).beta == 3.0
+    assert build(preset="paper-mnist", beta={"relative": 2.0}).beta == Relative(relative=2.0)
+
+
 def test_the_paper_presets_say_what_the_paper_says() -> None:
     mnist = CollisionSpec.model_validate({"preset": "paper-mnist"})
     assert (mnist.model, mnist.layer, mnist.corners, mnist.units) == (
