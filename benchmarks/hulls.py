@@ -56,19 +56,19 @@ def shuffled() -> list[tuple[str, str]]:
     return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
 
 
-def collide(net: Net, pair: tuple[str, str], file: Path, **settings: Any) -> Result:
-    """The result for two photographs: the one in `file`, if it is there already."""
-    if file.is_file():
-        return Result.model_validate_json(file.read_text())
+def collide(net: Net, pair: tuple[str, str], kept: Path, **settings: Any) -> Result:
+    """The result for two photographs: the one in `kept`, if it is there already."""
+    if kept.is_file():
+        return Result.model_validate_json(kept.read_text())
     spec = CollisionSpec.model_validate(SETTINGS | settings)
     subject = replace(net.subject(spec), natural=NATURAL)
     loaded = []
     for name in pair:
-        file = DATA / "photos" / f"{name}.jpg"
-        loaded.append(images.load(file.name, file.read_bytes(), net.model.preprocessing))
+        photo = DATA / "photos" / f"{name}.jpg"
+        loaded.append(images.load(photo.name, photo.read_bytes(), net.model.preprocessing))
     result = run_alone(subject, spec, *loaded)[1].result
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(result.model_dump_json(indent=2))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(result.model_dump_json(indent=2))
     return result
 
 
