@@ -59,6 +59,7 @@ class Layer(_Out):
     """A layer that a job can name."""
 
     name: str
+    kind: str | None = Field(description="Its activation: relu, relu6 or max_pool.")
     shape: list[int]
     units: int
     cut: bool | None = Field(description="Whether its activations decide the logits.")

@@ -38,7 +38,6 @@ from torch import Tensor, nn
 from core.engine import STRIDE, Engine, Group
 from core.objective import Losses, Target
 from core.spec import CollisionSpec
-from core.taps import Clip
 
 IMAGES, RATE = 5, 0.01
 # Seconds since the first step began, and pixels [5, C, H, W], every tenth step.
@@ -136,7 +135,7 @@ def engine(net: Net, sources: Tensor, targets: Tensor, steps: int) -> Trail:
         snapshots=64,
     )
     with torch.no_grad():
-        goals = [Target(pre, tap.layer.clip) for pre in tap(targets)]
+        goals = [Target(pre, tap.layer.activation) for pre in tap(targets)]
     running = Engine(tap, spec.optimizer)
     groups = [
         Group(str(i), spec, source, Losses.of_plain(goal, 1, alpha=1.0), 1e-9 * goal.energy)
@@ -201,12 +200,10 @@ def _show_residuals(
 
 def _course(tap: Any, trail: Trail, targets: Tensor) -> Floats:
     """The mean residual at every note."""
-    clip: Clip = tap.layer.clip
+    f = tap.layer.activation
     with torch.no_grad():
-        wanted = clip(tap(targets))
-        missed = [
-            (clip(tap(pixels)) - wanted).norm(dim=1) / wanted.norm(dim=1) for _, pixels in trail
-        ]
+        wanted = f(tap(targets))
+        missed = [(f(tap(pixels)) - wanted).norm(dim=1) / wanted.norm(dim=1) for _, pixels in trail]
     return torch.stack(missed).mean(1).double().numpy()
 
 

@@ -103,7 +103,7 @@ def endless_group(net: Net, tap: Tap, spec: CollisionSpec, key: str = "job") -> 
     """A job from the first sample image to the second whose corners never converge."""
     source, target = net.photos(2)
     with torch.no_grad():
-        goal = Target(tap(target[None])[0], tap.layer.clip)
+        goal = Target(tap(target[None])[0], tap.layer.activation)
     chosen = nn.functional.one_hot(first_inactive(goal.pre, spec.corners), len(goal.pre)).bool()
     losses = Losses.of_corners(
         goal, chosen, alpha=spec.alpha, beta=spec.beta, negative=spec.negative

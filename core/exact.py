@@ -3,7 +3,7 @@
 In order of use:
 
     affine = affine_map(tap, probes)                     # once for a network and layer
-    polytope = LayerPolytope.of(affine, tap.layer.clip, source, target, budget=0.8)
+    polytope = LayerPolytope.of(affine, tap.layer.activation, source, target, budget=0.8)
     corners = find_corners(polytope, unit_objectives(polytope, units))
     errors = collision_error(tap, polytope, affine.images(corners))
 

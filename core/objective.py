@@ -1,9 +1,9 @@
 """The losses of section 2 on pre-activations f', and their gradient in closed form.
 
-A *flat* unit is one that the activation clips for the target: below 0 (inactive), or above 6 for
-ReLU6 (saturated). It is free past its bound, so both kinds are one inequality: `side` (f' - bound)
-<= 0, with `side` +1 and bound 0 for inactive units, -1 and 6 for saturated ones, 0 for active
-units. f' is [R, U]: R rows, U units.
+A *flat* unit is one that the target's activations do not depend on while it stays past its bound:
+below 0 (inactive), above 6 for ReLU6 (saturated), or below the maximum of its windows in a max
+pool. All are one inequality: `side` (f' - bound) <= 0, with `side` +1 or -1, and 0 for active
+units. f' is [R, U]: R rows, U units; f is [R, V], V = U but for pools.
 """
 
 import math
@@ -15,37 +15,44 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from core.taps import Clip
+from core.taps import Activation, Pieces
 
 
 @dataclass(frozen=True)
 class Target:
-    """The target's pre-activations `pre` [U] behind the activation `clip`."""
+    """The target's pre-activations `pre` [U] behind `activation`."""
 
     pre: Tensor
-    clip: Clip
+    activation: Activation
+
+    @cached_property
+    def _pieces(self) -> Pieces:
+        return self.activation.pieces(self.pre)
 
     @property
     def active(self) -> Tensor:
-        """[U] bool: f'(t) >= 0 (the paper's), and below where the activation saturates."""
-        return (self.pre >= 0) & (self.pre < self.clip.high)
+        """[U] bool: the units that must keep their value, f'(t) >= 0 (the paper's) for a ReLU."""
+        return self._pieces.active
 
     @property
     def side(self) -> Tensor:
-        """[U]: 1 for inactive units, -1 for saturated ones, 0 for active ones."""
-        inactive, saturated = self.pre < 0, self.pre >= self.clip.high
-        side: Tensor = inactive.float() - saturated.float()
-        return side
+        """[U]: 1 for units that are free below their bound, -1 for those above it, else 0."""
+        return self._pieces.side
 
     @property
     def bound(self) -> Tensor:
         """[U]: where the unit's flat piece begins; 0 for active units."""
-        return torch.where(self.pre >= self.clip.high, self.clip.high, 0.0)
+        return self._pieces.bound
+
+    @property
+    def positive(self) -> Tensor:
+        """[U] bool: active units that are not 0, where a ReLU's flat piece begins; n_p of them."""
+        return self.active & (self.pre != 0)
 
     @cached_property
     def energy(self) -> float:
         """||f(t)||^2, the unit of relative thresholds."""
-        return float(self.clip(self.pre).square().sum())
+        return float(self.activation(self.pre).square().sum())
 
 
 def l_pos(pre: Tensor, target: Target) -> Tensor:
@@ -63,13 +70,13 @@ def l_neg(
 
 
 def violation(pre: Tensor, target: Target) -> Tensor:
-    """[R]: the sum of relu(f')^2 over inactive units (of relu(6 - f')^2 over saturated ones)."""
+    """[R]: the sum of relu(f' - bound)^2 over flat units (relu(6 - f')^2 for saturated ones)."""
     return (target.side * (pre - target.bound)).relu().square().sum(1)
 
 
 def plain(pre: Tensor, target: Target) -> Tensor:
     """Equation 1 [R]: ||f(x) - f(t)||^2."""
-    return target.clip(pre).sub_(target.clip(target.pre)).square_().sum(1)
+    return target.activation(pre).sub_(target.activation(target.pre)).square_().sum(1)
 
 
 def residual(pre: Tensor, target: Target) -> Tensor:
@@ -109,7 +116,7 @@ class Losses(RowTensors):
 
     A row's loss is the sum over units of
     `pull`/2 (f' - `target`)^2 + `push` |f' - `bound`| + `drift` (f' - `bound`),
-    or, where `plain` is set, of `pull`/2 (f - `target`)^2 with f = plain(f').
+    or, where `plain` is set, `pull`/2 ||f - f(t)||^2 with f = plain(f') and f(t) = plain(`target`).
     """
 
     target: Tensor
@@ -119,7 +126,7 @@ class Losses(RowTensors):
     pull: Tensor
     push: Tensor
     drift: Tensor
-    plain: Clip | None = None
+    plain: Activation | None = None
 
     @classmethod
     def of_corners(
@@ -143,16 +150,14 @@ class Losses(RowTensors):
     @classmethod
     def of_plain(cls, target: Target, corners: int, *, alpha: float) -> Self:
         """alpha times equation 1, the same for every corner."""
-        pre, bound, side, active = _rows(target, corners)
-        none = torch.zeros_like(pre)
-        pull = none + 2 * alpha
-        return cls(target.clip(pre), bound, side, active, pull, none, none, target.clip)
+        rows = _rows(target, corners)
+        none = torch.zeros_like(rows[0])
+        return cls(*rows, none + 2 * alpha, none, none, target.activation)
 
     def gradient(self, pre: Tensor) -> Tensor:
         """d loss / d f' [R, U]; the subgradient `drift` at f' = bound."""
         if self.plain:
-            inside = (pre > 0) & (pre < self.plain.high)
-            return (pre - self.target).mul_(self.pull).mul_(inside)
+            return self.plain.gradient(pre, self.target).mul_(self.pull)
         away = torch.addcmul(self.drift, self.push, (pre - self.bound).sign_())
         return away.addcmul_(self.pull, pre - self.target)
 

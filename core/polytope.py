@@ -20,7 +20,7 @@ from torch import Tensor
 
 from core.errors import CoreError
 from core.objective import Target, residual
-from core.taps import Clip, Tap, is_affine, tappable, true_name
+from core.taps import Activation, Clip, Tap, is_affine, tappable, true_name
 
 Floats = NDArray[np.float64]
 Booleans = NDArray[np.bool_]
@@ -105,10 +105,10 @@ def affine_map(tap: Tap, probes: Tensor, clock: Clock = ENDLESS) -> AffineMap:
     `probes` [N, C, H, W] are two images or more; the map is compared with the tap on each.
 
     Raises:
-        NotAffine: the layer is not affine in the image.
+        NotAffine: the layer is not affine in the image, or is a max pool.
         TooLarge: the map is too large for a linear program.
     """
-    if not is_affine(tap, probes[:2]):
+    if not isinstance(tap.layer.activation, Clip) or not is_affine(tap, probes[:2]):
         raise _not_affine(tap, probes)
     shape, pixels, units = tuple(probes.shape[1:]), probes[0].numel(), tap.layer.units
     _refuse_if_too_large(tap, probes)
@@ -157,7 +157,7 @@ class LayerPolytope:
     def of(
         cls,
         affine: AffineMap,
-        clip: Clip,
+        activation: Activation,
         source: Tensor,
         target: Tensor,
         *,
@@ -169,12 +169,13 @@ class LayerPolytope:
         Units with 0 < f'(t) < 6 are active: equalities. With `null_space` every unit is one: these
         are the collisions of Ozbulak et al. (2022), t + the null space of the matrix.
         """
+        assert isinstance(activation, Clip)  # `affine_map` takes no pool
         from_pixels, to_pixels = (i.double().cpu().flatten().numpy() for i in (source, target))
         pre = affine(to_pixels)
-        saturated = pre >= clip.high
+        saturated = pre >= activation.high
         equal = np.full(len(pre), True) if null_space else (pre > 0) & ~saturated
         sign = np.where(saturated & ~equal, -1.0, 1.0)
-        bound = np.where(equal, pre, np.where(saturated, clip.high, 0.0))
+        bound = np.where(equal, pre, np.where(saturated, activation.high, 0.0))
         matrix = sparse.csr_array(sparse.diags_array(sign) @ affine.matrix)
         limit = sign * (bound - affine.offset)
         return cls(affine, matrix, limit, equal, from_pixels, to_pixels, budget)
@@ -208,7 +209,7 @@ def collision_error(tap: Tap, polytope: LayerPolytope, images: Tensor) -> tuple[
     ||f(x) - f(t)|| / ||f(t)|| [K], and the greatest |f'(x) - f'(t)| over active units [K].
     """
     target = polytope.affine.images(polytope.target)
-    goal = Target(tap(target.to(images.device))[0], tap.layer.clip)
+    goal = Target(tap(target.to(images.device))[0], tap.layer.activation)
     pre = tap(images)
     off = (pre - goal.pre).abs() * torch.from_numpy(polytope.equal).to(pre.device)
     return residual(pre, goal).double().cpu().numpy(), off.amax(1).double().cpu().numpy()
@@ -238,13 +239,15 @@ def _not_affine(tap: Tap, probes: Tensor) -> NotAffine:
     names = [
         repr(true_name(tap.network, normalized, layer))
         for layer in tappable(tap.network, normalized)
-        if is_affine(Tap(tap.normalize, tap.network, layer), probes[:2]) and layer != tap.layer
+        if isinstance(layer.activation, Clip)
+        and is_affine(Tap(tap.normalize, tap.network, layer), probes[:2])
+        and layer != tap.layer
     ]
     advice = f"take {' or '.join(names)}" if names else "this network has no layer that is"
-    return NotAffine(
-        f"Layer {tap.layer.name!r} is not affine in the image, so its exact collisions are no "
-        f"polytope of pixels; {advice}."
-    )
+    reason = "is not affine in the image, so its exact collisions are no polytope of pixels"
+    if not isinstance(tap.layer.activation, Clip):
+        reason = "is a max pool, and the exact solver takes a ReLU's layer, affine in the image"
+    return NotAffine(f"Layer {tap.layer.name!r} {reason}; {advice}.")
 
 
 def _refuse_if_too_large(tap: Tap, probes: Tensor) -> None:

@@ -1,17 +1,18 @@
-"""The pre-activations f' of a named layer, read where a clipping function takes them in.
+"""The pre-activations f' of a named layer, read where its activation takes them in.
 
-A forward pass calls ReLU or ReLU6 a number of times: as a module or a function, in place or not,
-through one shared module or many. A layer is one of those calls. Watching the calls instead of
-hooking modules makes all these cases alike, and leaves nothing behind on the network.
+A forward pass calls activations (ReLU, ReLU6, max pools) a number of times: as a module or a
+function, in place or not, through one shared module or many. A layer is one of those calls.
+Watching the calls instead of hooking modules makes all these cases alike, and leaves nothing behind
+on the network.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,28 +26,135 @@ from core.errors import UnknownName, UntappableLayer
 ROUNDING = 1e-3
 
 
+class Pieces(NamedTuple):
+    """What an activation f leaves free around a target's f' [U]; all are [U].
+
+    f is the target's wherever f' is the target's on `active` units and `side` (f' - `bound`) <= 0.
+    `side` is 0 for active units, and for units that f does not look at.
+    """
+
+    active: Tensor
+    side: Tensor
+    bound: Tensor
+
+
 @dataclass(frozen=True)
 class Clip:
-    """The activation: clamp to [0, high], `high` infinite for ReLU and 6 for ReLU6."""
+    """The activation that clamps to [0, high], `high` infinite for ReLU and 6 for ReLU6."""
 
     high: float = math.inf
 
     def __call__(self, pre: Tensor) -> Tensor:
         return pre.clamp(0, self.high)
 
+    @property
+    def kind(self) -> str:
+        return "relu" if math.isinf(self.high) else f"relu{self.high:g}"
+
+    def pieces(self, pre: Tensor) -> Pieces:
+        """Inactive units have side 1 and bound 0, saturated ones -1 and `high`.
+
+        Active is f'(t) >= 0 (the paper's), and below where the activation saturates.
+        """
+        inactive, saturated = pre < 0, pre >= self.high
+        side = inactive.float() - saturated.float()
+        return Pieces(side == 0, side, torch.where(saturated, self.high, 0.0))
+
+    def gradient(self, pre: Tensor, target: Tensor) -> Tensor:
+        """Of ||f(pre) - f(target)||^2 / 2 with respect to `pre`; both [R, U]."""
+        return (pre - self(target)).mul_((pre > 0) & (pre < self.high))
+
+
+@dataclass(frozen=True)
+class MaxPool:
+    """The activation that takes the maximum of each window; f' [U] is [C, H, W], as in `shape`.
+
+    Sizes are (rows, columns), and mean what they mean to `functional.max_pool2d`.
+    """
+
+    shape: tuple[int, int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    ceil_mode: bool = False
+
+    kind: ClassVar[str] = "max_pool"
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        """[..., U] -> [..., V]."""
+        return self._windows(pre)[0].view(*pre.shape[:-1], -1)
+
+    def pieces(self, pre: Tensor) -> Pieces:
+        """Who wins a window is active, of equals the first; others have side 1.
+
+        Their bound is the least maximum of the windows that see them; who is seen by none is free.
+        Behind a ReLU nothing falls below 0, so what must not rise above 0 is active as well: it has
+        no room that a corner could use.
+        """
+        maxima, winners = self._windows(pre)
+        bound = self._least_seen(maxima[0]).flatten()
+        won = torch.zeros_like(bound, dtype=torch.bool).view(self.shape).flatten(1)
+        active = won.scatter_(1, winners[0].flatten(1), True).flatten()
+        if (pre >= 0).all():
+            active |= bound <= 0
+        flat = ~active & bound.isfinite()
+        return Pieces(active, flat.float(), bound.where(flat, 0))
+
+    def gradient(self, pre: Tensor, target: Tensor) -> Tensor:
+        """Of ||f(pre) - f(target)||^2 / 2 with respect to `pre`; both [R, U]."""
+        maxima, winners = self._windows(pre)
+        missed = maxima - self._windows(target)[0]
+        planes = torch.zeros_like(pre).view(*winners.shape[:2], -1)
+        return planes.scatter_add_(2, winners.flatten(2), missed.flatten(2)).view_as(pre)
+
+    def _windows(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """The maximum of each window, and where in its plane it is; both [R, C, rows, columns]."""
+        maxima, winners = functional.max_pool2d(
+            pre.reshape(-1, *self.shape),
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.ceil_mode,
+            return_indices=True,
+        )
+        return maxima, winners
+
+    def _least_seen(self, maxima: Tensor) -> Tensor:
+        """For each unit [C, H, W] the least of the windows' `maxima` that see it; infinity if none.
+
+        This is the pool transposed: windows begin at the places of `starts`, and a unit looks back
+        from where it is.
+        """
+        ends = [(n - 1) * step + 1 for n, step in zip(maxima.shape[1:], self.stride, strict=True)]
+        starts = maxima.new_full((len(maxima), *ends), -math.inf)
+        starts[:, :: self.stride[0], :: self.stride[1]] = -maxima
+        margins: list[int] = []
+        for axis in (1, 0):  # the last first, as `pad` takes them
+            before = (self.kernel[axis] - 1) * self.dilation[axis] - self.padding[axis]
+            after = self.shape[axis + 1] + self.padding[axis] - ends[axis]
+            margins += before, after
+        starts = functional.pad(starts, margins, value=-math.inf)
+        return -functional.max_pool2d(starts, self.kernel, 1, 0, self.dilation)
+
+
+Activation = Clip | MaxPool
+
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that can be tapped: the `call`-th clipping call, from 0, of a forward pass.
+    """A layer that can be tapped: the `call`-th activation, from 0, that a forward pass calls.
 
     `names` are all it answers to, the first being how we call it: the module whose output is
-    clipped (`classifier.0`), or the clipping call itself (`layer4.2.relu#2`, the third run of a
-    shared module; `block.relu()`, a function called by `block`). `shape` is one image's f'.
+    clipped (`classifier.0`), or the call itself (`layer4.2.relu#2`, the third run of a shared
+    module; `block.relu()`, a function called by `block`; max pools have no other). `shape` is one
+    image's f'.
     """
 
     names: tuple[str, ...]
     call: int
-    clip: Clip
+    activation: Activation
     shape: tuple[int, ...]
     producer: tuple[str, int] | None
 
@@ -100,7 +208,7 @@ class Tap:
     def observe_mixtures(self, corners: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """As `observe`, for the mixtures `weights` [N, K] of `corners` [K, C, H, W].
 
-        What comes before the first clipping call is computed for the corners only and mixed
+        What comes before the first activation is computed for the corners only and mixed
         there: right where that much is affine in the image, which `mixes` tells.
         """
         seen, record = _recorder()
@@ -133,7 +241,7 @@ class Tap:
 
 
 def tappable(network: nn.Module, normalized: Tensor) -> list[Layer]:
-    """Every layer of `network` that can be tapped, in the order of its clipping calls.
+    """Every layer of `network` that can be tapped, in the order of its forward pass.
 
     `normalized` is one image [1, C, H, W] as the network takes it.
     """
@@ -147,7 +255,8 @@ def open_tap(normalize: nn.Module, network: nn.Module, name: str, probe: Tensor)
 
     Raises:
         UnknownName: the network has no such layer.
-        UntappableLayer: what that layer gives is not clipped, or goes on unclipped as well.
+        UntappableLayer: the layer is no max pool, and what it gives is not clipped, or goes on
+            unclipped as well.
     """
     normalized = normalize(probe)
     layers = tappable(network, normalized)
@@ -230,7 +339,7 @@ class _Reached(Exception):
 
 
 class _AtCalls(TorchFunctionMode):
-    """Passes f' of chosen clipping calls through an action, then clips what it returns."""
+    """Passes f' of chosen calls through an action, then calls the activation on what it returns."""
 
     def __init__(self, actions: _Actions) -> None:
         super().__init__()
@@ -240,7 +349,7 @@ class _AtCalls(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _CLIPS and _clip_of(func, args, kwargs):
+        if func in _ACTIVATIONS and _activation_of(func, args, kwargs):
             self.call += 1
             if action := self.actions.get(self.call):
                 pre, rest, kwargs = _split(args, kwargs)
@@ -249,7 +358,7 @@ class _AtCalls(TorchFunctionMode):
 
 
 class _Trace(TorchFunctionMode):
-    """Lists the clipping calls of a forward pass with the modules around them."""
+    """Lists the activations that a forward pass calls, with the modules around them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -276,26 +385,28 @@ class _Trace(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _CLIPS and (clip := _clip_of(func, args, kwargs)):
-            self._note(clip, _split(args, kwargs)[0])
+        if func in _ACTIVATIONS and (activation := _activation_of(func, args, kwargs)):
+            self._note(activation, _split(args, kwargs)[0])
         return func(*args, **kwargs)
 
-    def _note(self, clip: Clip, pre: Tensor) -> None:
-        made = self.outputs.get(id(pre))
+    def _note(self, activation: Activation, pre: Tensor) -> None:
+        pools = isinstance(activation, MaxPool)
+        # What a pool takes in is mostly a ReLU's output, which is another layer's activation.
+        made = None if pools else self.outputs.get(id(pre))
         # Another version: changed in place since, as by a residual addition.
         producer = made[2] if made and made[1] == pre._version else None
         path, module = self.inside[-1]
-        if isinstance(module, _CLIP_MODULES):
+        if isinstance(module, nn.MaxPool2d if pools else _CLIP_MODULES):
             own = _numbered(path, self.runs[path])
         else:
-            call = f"{path}.relu()".lstrip(".")
+            call = f"{path}.{'max_pool2d' if pools else 'relu'}()".lstrip(".")
             own = _numbered(call, self.runs[call])
             self.runs[call] += 1
         names = [_numbered(*producer), own] if producer else [own]
         names = [name for name in names if name not in self.taken]
         self.taken.update(names)
         self.layers.append(
-            Layer(tuple(names), len(self.layers), clip, tuple(pre.shape[1:]), producer)
+            Layer(tuple(names), len(self.layers), activation, tuple(pre.shape[1:]), producer)
         )
 
 
@@ -331,7 +442,7 @@ def _all_clipped(network: nn.Module, normalized: Tensor, layer: Layer) -> bool:
     def clipped(module: nn.Module, _: Any, output: Tensor) -> Tensor:
         nonlocal runs
         runs += 1
-        return layer.clip(output) if runs == run + 1 else output
+        return layer.activation(output) if runs == run + 1 else output
 
     logits = network(normalized)
     handle = network.get_submodule(path).register_forward_hook(clipped)
@@ -345,7 +456,7 @@ def _recorder() -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
     seen: list[Tensor] = []
 
     def record(pre: Tensor) -> Tensor:
-        # A copy: the clipping that follows may work in place.
+        # A copy: the activation that follows may work in place.
         seen.append(pre.flatten(1).to(torch.float32, copy=True))
         return pre
 
@@ -358,11 +469,14 @@ _HARDTANHS = {functional.hardtanh, functional.hardtanh_}
 _CLAMPS = {torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_}
 _CLAMPS |= {torch.clip, torch.clip_, Tensor.clip, Tensor.clip_}
 _CLAMP_MINS = {torch.clamp_min, torch.clamp_min_, Tensor.clamp_min, Tensor.clamp_min_}
-_CLIPS = {*_RELUS, functional.relu6, *_HARDTANHS, *_CLAMPS, *_CLAMP_MINS}
+_POOLS = {functional.max_pool2d, torch.max_pool2d}
+_ACTIVATIONS = {*_RELUS, functional.relu6, *_HARDTANHS, *_CLAMPS, *_CLAMP_MINS, *_POOLS}
 
 
-def _clip_of(func: Any, args: Any, kwargs: dict[str, Any]) -> Clip | None:
-    """The clipping that a call does; None where it does not clamp to [0, high]."""
+def _activation_of(func: Any, args: Any, kwargs: dict[str, Any]) -> Activation | None:
+    """The activation that a call is; None where it does not clamp to [0, high]."""
+    if func in _POOLS:
+        return _pool_of(*args, **kwargs)
     if func in _RELUS:
         return Clip()
     if func is functional.relu6:
@@ -376,6 +490,34 @@ def _clip_of(func: Any, args: Any, kwargs: dict[str, Any]) -> Clip | None:
     return Clip(math.inf if high is None else float(high))
 
 
+def _pool_of(
+    input: Tensor,  # by the name that a call may give it
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,  # never true: that is another function
+) -> MaxPool | None:
+    """The max pool that a call with these arguments is; None where it is not over images."""
+    if input.dim() != 4 or not input.is_floating_point():
+        return None
+    _, channels, height, width = input.shape
+    return MaxPool(
+        shape=(channels, height, width),
+        kernel=_pair(kernel_size),
+        stride=_pair(stride or kernel_size),
+        padding=_pair(padding),
+        dilation=_pair(dilation),
+        ceil_mode=bool(ceil_mode),
+    )
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    pair = size if isinstance(size, Sequence) else (size,)
+    return int(pair[0]), int(pair[-1])
+
+
 def _bounds(
     args: Any, kwargs: dict[str, Any], low: str, high: str, default: tuple[Any, Any]
 ) -> tuple[Any, Any]:
@@ -384,7 +526,7 @@ def _bounds(
 
 
 def _split(args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
-    """The tensor that a call clips, and its other arguments."""
+    """The tensor that a call takes in, and its other arguments."""
     if args:
         return args[0], args[1:], kwargs
     rest = dict(kwargs)
@@ -406,7 +548,8 @@ def _no_such_layer(
     if name.partition("#")[0] not in dict(network.named_modules()):
         return UnknownName("layer", name, [n for layer in layers for n in layer.names])
     return UntappableLayer(
-        f"Layer {name!r} is not followed by ReLU or ReLU6; {_advice(name, layers)}"
+        f"Layer {name!r} is not followed by ReLU or ReLU6, nor is it a max pool that can be "
+        f"tapped; {_advice(name, layers)}"
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from core.errors import InvalidSpec
 from core.objective import Target
 from core.spec import CollisionSpec
-from core.taps import Tap
+from core.taps import MaxPool, Tap
 
 Integers = NDArray[np.int64]
 
@@ -22,7 +22,7 @@ PROBES, STEP, SHORTLIST = 32, 1e-3, 4
 def choose_units(
     tap: Tap, target: Target, source: Tensor, spec: CollisionSpec
 ) -> list[tuple[int, ...]]:
-    """The units of each of the K corners, all of them inactive (or saturated) for the target.
+    """The units of each of the K corners, all of them flat for the target.
 
     `source` is [C, H, W].
 
@@ -49,6 +49,11 @@ def choose_units(
         flat = np.random.default_rng([spec.seed, 0]).permutation(flat)
     elif spec.units == "reachable":
         flat = flat[_most_reachable(tap, target, source, flat, spec)]
+    if isinstance(tap.layer.activation, MaxPool):
+        # Behind a ReLU, those that the source leaves at 0 have nowhere to go, and no gradient.
+        with torch.no_grad():
+            stuck = (tap(source[None])[0] == 0).cpu().numpy()
+        flat = flat[np.argsort(stuck[flat], kind="stable")]
     return [(int(unit),) for unit in flat[: spec.corners]]
 
 
@@ -56,9 +61,11 @@ def _refuse_unless_flat(unit: int, target: Target) -> None:
     if unit >= len(target.pre):
         raise InvalidSpec(f"There is no unit {unit}: the layer has {len(target.pre)}, from 0.")
     if not target.side[unit]:
+        reason = f"active for the target (f' = {float(target.pre[unit]):.3g})"
+        if not target.active[unit]:
+            reason = "in no window of the pool"
         raise InvalidSpec(
-            f"Unit {unit} is active for the target (f' = {float(target.pre[unit]):.3g}), so a "
-            "corner cannot push it away; list inactive units."
+            f"Unit {unit} is {reason}, so a corner cannot push it away; list inactive units."
         )
 
 

@@ -151,6 +151,7 @@ class Layer(Answer):
     """A layer that can be tapped."""
 
     name: str
+    kind: str | None = None
     shape: list[int] = []
     units: int | None = None
     cut: bool | None = None

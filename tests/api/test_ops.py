@@ -21,8 +21,8 @@ from store.settings import Settings
 from .conftest import JOB, SPEC, Service, Worker, serve
 
 LAYERS = [
-    {"name": "fc1", "shape": [256], "units": 256, "cut": True},
-    {"name": "fc2", "shape": [256], "units": 256, "cut": True},
+    {"name": "fc1", "kind": "relu", "shape": [256], "units": 256, "cut": True},
+    {"name": "fc2", "kind": "relu", "shape": [256], "units": 256, "cut": True},
 ]
 
 

@@ -62,7 +62,7 @@ def polytope_of(
 ) -> LayerPolytope:
     pair = torch.tensor([source, target]).view(2, 1, 1, -1)
     tap = open_tap(nn.Identity(), network, "1", pair[:1])
-    return LayerPolytope.of(affine_map(tap, pair), tap.layer.clip, *pair, **options)
+    return LayerPolytope.of(affine_map(tap, pair), tap.layer.activation, *pair, **options)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def affine(fc1: Tap, digits: Tensor) -> AffineMap:
 
 @pytest.fixture(scope="module")
 def seven(fc1: Tap, affine: AffineMap, digits: Tensor) -> LayerPolytope:
-    return LayerPolytope.of(affine, fc1.layer.clip, digits[6], digits[14])
+    return LayerPolytope.of(affine, fc1.layer.activation, digits[6], digits[14])
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_the_target_is_in_its_polytope_without_a_budget(
     fc1: Tap, affine: AffineMap, digits: Tensor
 ) -> None:
     for source, target in itertools.pairwise(digits):
-        polytope = LayerPolytope.of(affine, fc1.layer.clip, source, target)
+        polytope = LayerPolytope.of(affine, fc1.layer.activation, source, target)
         assert polytope.excess(target.flatten().double().numpy()) < 1e-12
 
 
@@ -290,7 +290,7 @@ def test_a_convolution_with_more_units_than_pixels_leaves_the_target_alone(
     tap = open_tap(cnn.classifier.normalize, cnn.classifier.network, "conv1", digits[:1])
     affine = affine_map(tap, digits[:2])
     assert affine.matrix.nnz == 16 * (28 * 28 * 9 - 4 * 28 * 3 + 4)  # less what padding takes
-    polytope = LayerPolytope.of(affine, tap.layer.clip, digits[6], digits[14])
+    polytope = LayerPolytope.of(affine, tap.layer.activation, digits[6], digits[14])
     units = [(int(np.flatnonzero(~polytope.equal)[0]),)]
     (corner,) = find_corners(polytope, unit_objectives(polytope, units))
     np.testing.assert_allclose(corner, polytope.target, **CLOSE)

@@ -400,7 +400,7 @@ class Mnist:
 def mnist(request: pytest.FixtureRequest, mlp: Model, digits: Tensor) -> Mnist:
     """Between a dim 7, a 9 and a 3, where labels differ and rounding counts."""
     tap = open_tap(mlp.classifier.normalize, mlp.classifier.network, request.param, digits[:1])
-    target = Target(tap(digits[14:15])[0], tap.layer.clip)
+    target = Target(tap(digits[14:15])[0], tap.layer.activation)
     corners = torch.stack([digits[14] * 0.011, digits[18] * 0.017, digits[6] * 0.013])
     weights = np.random.default_rng(0).dirichlet(np.ones(3), 50)
     return Mnist(tap, target, corners, weights)

@@ -1,5 +1,6 @@
 """The losses against numbers worked out by hand, and their gradient against two others."""
 
+import itertools
 import math
 from dataclasses import dataclass, fields
 from typing import Any
@@ -20,7 +21,7 @@ from core.objective import (
     residual,
     violation,
 )
-from core.taps import Clip
+from core.taps import Clip, MaxPool
 
 Floats = NDArray[np.float64]
 
@@ -310,7 +311,8 @@ def test_the_coefficients_spell_alpha_l_pos_plus_beta_l_neg(case: Case, objectiv
 def test_the_coefficients_of_plain_spell_alpha_times_equation_1(case: Case) -> None:
     losses, pre = case.losses("plain"), torch.from_numpy(case.pre)
     assert losses.plain == case.clip
-    spelled = (losses.pull.double() / 2 * (losses.plain(pre) - losses.target) ** 2).sum(1)
+    missed = losses.plain(pre) - losses.plain(losses.target)
+    spelled = (losses.pull.double() / 2 * missed**2).sum(1)
     wanted = case.alpha * plain(pre, case.torch_target(torch.float64))
     torch.testing.assert_close(spelled, wanted, rtol=1e-6, atol=0)
 
@@ -367,6 +369,169 @@ def test_plain_and_flat_pieces_give_no_gradient_inside_the_polytope(
     if objective == "absolute":
         wanted = wanted - case.beta * flat * ~case.chosen
     np.testing.assert_allclose(gradient.numpy(), wanted, rtol=1e-6, atol=1e-6)
+
+
+# Max pools, beside windows that are listed one by one
+
+SHAPE = (2, 7, 9)
+POOLS = {
+    "2, stride 2": MaxPool(SHAPE, (2, 2), (2, 2)),
+    "3, stride 2": MaxPool(SHAPE, (3, 3), (2, 2)),
+    "3, stride 2, padded": MaxPool(SHAPE, (3, 3), (2, 2), (1, 1)),
+    "2, stride 2, ceil": MaxPool(SHAPE, (2, 2), (2, 2), ceil_mode=True),
+    "3, stride 2, padded, ceil": MaxPool(SHAPE, (3, 3), (2, 2), (1, 1), ceil_mode=True),
+    "3, stride 1": MaxPool(SHAPE, (3, 3), (1, 1), (1, 1)),
+    "2, stride 3": MaxPool(SHAPE, (2, 2), (3, 3)),
+    "oblong": MaxPool(SHAPE, (1, 4), (3, 2), (0, 2)),
+    "dilated": MaxPool(SHAPE, (3, 2), (1, 2), (1, 0), (2, 3)),
+    "dilated, ceil": MaxPool(SHAPE, (2, 3), (3, 2), (1, 1), (3, 2), ceil_mode=True),
+    "whole": MaxPool(SHAPE, (7, 9), (7, 9)),
+}
+
+
+def windows(pool: MaxPool) -> list[list[int]]:
+    """The units that each window sees, by the definition in PyTorch's documentation."""
+    channels, *sides = pool.shape
+    places: list[list[list[int]]] = []  # of each axis: what each window sees of it
+    for axis, side in enumerate(sides):
+        reach = pool.dilation[axis] * (pool.kernel[axis] - 1) + 1
+        steps = (side + 2 * pool.padding[axis] - reach) / pool.stride[axis]
+        count = (math.ceil(steps) if pool.ceil_mode else math.floor(steps)) + 1
+        if pool.ceil_mode and (count - 1) * pool.stride[axis] >= side + pool.padding[axis]:
+            count -= 1  # a window must not begin in the padding on the right
+        starts = [n * pool.stride[axis] - pool.padding[axis] for n in range(count)]
+        own = [
+            [start + i * pool.dilation[axis] for i in range(pool.kernel[axis])] for start in starts
+        ]
+        places.append([[place for place in seen if 0 <= place < side] for seen in own])
+    return [
+        [(c * sides[0] + y) * sides[1] + x for y in rows for x in columns]
+        for c, rows, columns in itertools.product(range(channels), *places)
+    ]
+
+
+def pooled(pool: MaxPool, pre: Tensor) -> Tensor:
+    """[R, V], differentiable."""
+    return torch.stack([pre[:, seen].amax(1) for seen in windows(pool)], 1)
+
+
+def draw(kind: str, rows: int = 1) -> Tensor:
+    """[R, U] in float64; ties, and whole windows of the same, are many where it is not `real`."""
+    rng = np.random.default_rng(11)
+    pre = rng.normal(0, 3, (rows, math.prod(SHAPE)))
+    if kind != "real":
+        pre = np.round(pre / 2)
+        pre[:, rng.random(pre.shape[1]) < 0.6] = -1
+    return torch.from_numpy(np.maximum(pre, 0) if kind == "behind a relu" else pre)
+
+
+KINDS = ["real", "tied", "behind a relu"]
+
+
+@pytest.fixture(params=POOLS)
+def pool(request: pytest.FixtureRequest) -> MaxPool:
+    found: MaxPool = POOLS[request.param]
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pools_winners_are_active_and_its_losers_free_below_their_least_maximum(
+    pool: MaxPool, kind: str
+) -> None:
+    goal, seen_by = Target(draw(kind)[0], pool), [list[int]() for _ in range(math.prod(SHAPE))]
+    maxima, first = [], set()
+    for number, seen in enumerate(windows(pool)):
+        values = [float(goal.pre[unit]) for unit in seen]
+        maxima.append(max(values))
+        first.add(seen[values.index(max(values))])
+        for unit in seen:
+            seen_by[unit].append(number)
+    assert goal.activation(goal.pre).tolist() == maxima
+    for unit, own in enumerate(seen_by):
+        least = min((maxima[number] for number in own), default=math.inf)
+        stuck = kind == "behind a relu" and least == 0
+        wanted = (
+            (True, 0, 0) if unit in first or stuck else (False, 1, least) if own else (False, 0, 0)
+        )
+        got = bool(goal.active[unit]), float(goal.side[unit]), float(goal.bound[unit])
+        assert got == wanted, unit
+        assert bool(goal.positive[unit]) == (wanted[0] and float(goal.pre[unit]) != 0)
+
+
+def obeying(goal: Target, kind: str) -> Tensor:
+    """[50, U]: random points at which flat units lie past their bound, or at it, and no unit that
+    the pool does not see is where it was. Behind a ReLU none is under 0."""
+    rng = np.random.default_rng(3)
+    lowest = 0.0 if kind == "behind a relu" else -20.0
+    down = torch.from_numpy(rng.random((50, len(goal.pre))) * (rng.random((50, 1)) < 0.9))
+    low = goal.bound + (lowest - goal.bound) * down
+    points = goal.pre + 0 * low
+    points = torch.where(goal.side != 0, low, points)
+    free = ~goal.active & (goal.side == 0)
+    return torch.where(free, 100 * down, points)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whoever_obeys_has_the_targets_pool_exactly(pool: MaxPool, kind: str) -> None:
+    goal = Target(draw(kind)[0], pool)
+    points = obeying(goal, kind)
+    assert (points != goal.pre).any(0).sum() > (goal.side != 0).sum() / 2
+    assert torch.equal(pooled(pool, points), pooled(pool, goal.pre[None]).expand(50, -1))
+    for loss in (l_pos, violation, plain, residual):
+        assert_equals(loss(points, goal), *[0.0] * 50)
+
+
+def test_whoever_disobeys_in_one_unit_has_another_pool(pool: MaxPool) -> None:
+    """Nothing more is asked than must be: shown where no two values are equal."""
+    goal = Target(draw("real")[0], pool)
+    truth = pooled(pool, goal.pre[None])
+    for unit in range(len(goal.pre)):
+        active, side = bool(goal.active[unit]), float(goal.side[unit])
+        at = goal.pre if active else torch.where(goal.side != 0, goal.bound, goal.pre)
+        up, down = (at.clone()[None] for _ in range(2))
+        up[0, unit] += 1e-9
+        down[0, unit] -= 1e-9
+        assert torch.equal(pooled(pool, up), truth) == (side == 0 and not active)
+        held = goal.pre.clone()[
+            None
+        ]  # losers where they were, so that none takes the winner's place
+        held[0, unit] = down[0, unit]
+        assert torch.equal(pooled(pool, held), truth) == (not active)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("kind", ["real", "behind a relu"])
+def test_a_pools_gradient_equals_autograd_of_the_formulas(
+    pool: MaxPool, kind: str, objective: Any
+) -> None:
+    goal, alpha, beta = Target(draw(kind)[0], pool), 1.7, 0.3
+    pre = torch.from_numpy(np.random.default_rng(4).normal(0, 3, (3, len(goal.pre))))
+    flat = goal.side.nonzero().flatten()
+    chosen = torch.zeros_like(pre, dtype=torch.bool)
+    for corner, unit in enumerate(flat[:: max(1, len(flat) // 3)][:3]):
+        chosen[corner, unit] = True
+    leaf = pre.clone().requires_grad_()
+    if objective == "plain":
+        losses = Losses.of_plain(goal, 3, alpha=alpha)
+        loss = alpha * ((pooled(pool, leaf) - pooled(pool, goal.pre[None])) ** 2).sum()
+    else:
+        losses = Losses.of_corners(goal, chosen, alpha=alpha, beta=beta, negative=objective)
+        past = (leaf - goal.bound)[:, flat]
+        held = past.abs() if objective == "absolute" else past.clamp(min=0)
+        loss = alpha * ((leaf - goal.pre)[:, goal.active] ** 2).sum()
+        loss = loss + beta * torch.where(chosen[:, flat], past, held).sum()
+    loss.backward()
+    assert leaf.grad is not None
+    got = losses.gradient(pre.float())
+    assert got.isfinite().all()
+    torch.testing.assert_close(got.double(), leaf.grad, rtol=2e-6, atol=2e-5)
+    small = Target(goal.pre.float(), pool)
+    for own, wanted in ((losses.l_pos, l_pos), (losses.violation, violation)):
+        torch.testing.assert_close(own(pre.float()), wanted(pre.float(), small), rtol=1e-6, atol=0)
+    distance = ((pooled(pool, pre) - pooled(pool, goal.pre[None])) ** 2).sum(1)
+    torch.testing.assert_close(plain(pre, goal), distance, rtol=1e-12, atol=0)
+    energy = float((pooled(pool, goal.pre[None]) ** 2).sum())
+    assert goal.energy == pytest.approx(energy, rel=1e-12)
 
 
 # Rows side by side

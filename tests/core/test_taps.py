@@ -22,7 +22,7 @@ from torch.overrides import _get_current_function_mode_stack
 from core import images
 from core.errors import UnknownName, UntappableLayer
 from core.models import ASSETS, Classifier, Model, Normalize
-from core.taps import Clip, Tap, is_affine, is_cut, mixes, open_tap, tappable
+from core.taps import Clip, MaxPool, Tap, is_affine, is_cut, mixes, open_tap, tappable
 
 Floats = NDArray[np.float64]
 
@@ -171,13 +171,20 @@ def test_the_layers_of_an_mnist_network_come_in_order_with_both_their_names(
     by_name: dict[str, Model], digits: Tensor, name: str
 ) -> None:
     found = tappable(by_name[name].classifier.network, digits[:1])
-    own = [layer for of, layer in MNIST_LAYERS if of == name]
-    assert [la.names for la in found] == [(n, f"relu{i}") for i, n in enumerate(own, 1)]
-    assert [la.call for la in found] == list(range(len(own)))
-    shapes = {"mnist-mlp": [(256,), (256,)]}.get(name, [(16, 28, 28), (32, 14, 14), (256,), (128,)])
-    assert [la.shape for la in found] == shapes
-    assert [la.units for la in found] == [math.prod(shape) for shape in shapes]
-    assert {la.clip.high for la in found} == {math.inf}
+    one, other = (16, 28, 28), (32, 14, 14)
+    wanted: list[tuple[tuple[str, ...], tuple[int, ...], Clip | MaxPool]] = [
+        (("conv1", "relu1"), one, Clip()),
+        (("pool1",), one, MaxPool(one, (2, 2), (2, 2))),
+        (("conv2", "relu2"), other, Clip()),
+        (("pool2",), other, MaxPool(other, (2, 2), (2, 2))),
+        (("fc1", "relu3"), (256,), Clip()),
+        (("fc2", "relu4"), (128,), Clip()),
+    ]
+    if name == "mnist-mlp":
+        wanted = [((f"fc{i}", f"relu{i}"), (256,), Clip()) for i in (1, 2)]
+    assert [(la.names, la.shape, la.activation) for la in found] == wanted
+    assert [la.call for la in found] == list(range(len(wanted)))
+    assert [la.units for la in found] == [math.prod(shape) for _, shape, _ in wanted]
 
 
 def test_a_layer_answers_to_all_its_names(mlp: Model, digits: Tensor) -> None:
@@ -272,7 +279,7 @@ def test_a_layer_not_followed_by_a_clip_is_refused_naming_tappable_ones(
 ) -> None:
     """bn2's output is changed in place by the residual before ReLU takes it."""
     x = batch(1, 3, 64, 64)
-    refusal = f"Layer '{re.escape(name)}' is not followed by ReLU or ReLU6; take '"
+    refusal = rf"Layer '{re.escape(name)}' is not followed by ReLU or ReLU6, nor .* pool .*; take '"
     with pytest.raises(UntappableLayer, match=refusal) as caught:
         open_tap(AS_IS, resnet, name, x)
     names = offered(str(caught.value))
@@ -304,7 +311,7 @@ def test_relu6_networks_clip_at_6_in_every_layer(mobilenet: nn.Module) -> None:
     x = batch(2, 3, 64, 64)
     found = tappable(mobilenet, x[:1])
     assert len(found) == 35
-    assert {layer.clip.high for layer in found} == {6.0}
+    assert {layer.activation for layer in found} == {Clip(6.0)}
     h = mobilenet.features[:18](x)
     wanted = mobilenet.features[18][1](mobilenet.features[18][0](h))
     tap = open_tap(AS_IS, mobilenet, "features.18.1", x[:1])
@@ -386,7 +393,7 @@ def test_a_clip_is_seen_however_it_is_written(how: str) -> None:
     x = batch(5, *SMALL)
     (layer,) = tappable(network, x[:1])
     assert layer.names == ("first", "act" if how.startswith("nn.") else "relu()")
-    assert layer.clip == Clip(math.inf if how in INFINITE else 6.0)
+    assert layer.activation == Clip(math.inf if how in INFINITE else 6.0)
     wanted = in_float64(network.first, x)
     assert (wanted < 0).any()
     assert (wanted > 6).any()
@@ -395,7 +402,7 @@ def test_a_clip_is_seen_however_it_is_written(how: str) -> None:
     pre, logits = tap.observe(x)
     np.testing.assert_allclose(pre.numpy(), wanted, **CLOSE)
     assert torch.equal(logits, network(x))
-    clipped = torch.from_numpy(wanted).clamp(0, layer.clip.high)
+    clipped = torch.from_numpy(wanted).clamp(0, math.inf if how in INFINITE else 6.0)
     pinned = tap.pinned(x, torch.from_numpy(wanted[:1]).float())
     wanted_logits = in_float64(network.second, clipped[:1])
     np.testing.assert_allclose(pinned.numpy(), np.repeat(wanted_logits, 5, 0), **CLOSE)
@@ -412,7 +419,7 @@ def test_what_does_not_clip_from_0_up_is_no_layer(how: str) -> None:
 def test_bounds_left_out_are_those_of_the_function() -> None:
     network = Small(lambda x: F.hardtanh_(x, 0.0))
     (layer,) = tappable(network, batch(1, *SMALL))
-    assert layer.clip == Clip(1.0)
+    assert layer.activation == Clip(1.0)
 
 
 def test_clips_that_do_not_count_do_not_shift_the_count_of_those_that_do() -> None:
@@ -520,6 +527,207 @@ def test_what_works_in_place_between_layer_and_clip_gives_the_layer_its_name() -
     with torch.no_grad():
         got = open_tap(AS_IS, network, "2", x[:1])(x)
     np.testing.assert_allclose(got.numpy(), np.where(linear < 0, 0.1 * linear, linear), **CLOSE)
+
+
+# Max pools
+
+
+class Pooling(nn.Module):
+    """A convolution, `pool`, and a linear layer, on images [N, 1, 7, 8]; frozen."""
+
+    def __init__(self, pool: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.conv, self.pool, self.last = nn.Conv2d(1, 3, 3, padding=1), pool, nn.LazyLinear(4)
+        self.forward(torch.zeros(1, *PLANES))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.pool(self.conv(x)).flatten(1))
+
+
+PLANES, FEATURES = (1, 7, 8), (3, 7, 8)
+POOLS: dict[str, tuple[Callable[[Tensor], Tensor], MaxPool]] = {
+    "nn.MaxPool2d": (nn.MaxPool2d(2), MaxPool(FEATURES, (2, 2), (2, 2))),
+    "nn.MaxPool2d, all set": (
+        nn.MaxPool2d((3, 2), (1, 2), (1, 0), (2, 3), ceil_mode=True),
+        MaxPool(FEATURES, (3, 2), (1, 2), (1, 0), (2, 3), ceil_mode=True),
+    ),
+    "F.max_pool2d": (lambda x: F.max_pool2d(x, 3), MaxPool(FEATURES, (3, 3), (3, 3))),
+    "F.max_pool2d by position": (
+        lambda x: F.max_pool2d(x, 3, 2, 1, 1, True),
+        MaxPool(FEATURES, (3, 3), (2, 2), (1, 1), ceil_mode=True),
+    ),
+    "F.max_pool2d by name": (
+        lambda x: F.max_pool2d(kernel_size=[3, 2], input=x, padding=(1, 1), stride=(2,)),
+        MaxPool(FEATURES, (3, 2), (2, 2), (1, 1)),
+    ),
+    "torch.max_pool2d": (
+        lambda x: torch.max_pool2d(x, 3, ceil_mode=True),
+        MaxPool(FEATURES, (3, 3), (3, 3), ceil_mode=True),
+    ),
+    "torch.max_pool2d by position": (
+        lambda x: torch.max_pool2d(x, (2, 2), (1, 3), (0, 1), (1, 2)),
+        MaxPool(FEATURES, (2, 2), (1, 3), (0, 1), (1, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", POOLS)
+def test_a_max_pool_is_seen_however_it_is_written(how: str) -> None:
+    """Its f' is what the convolution gives, its f what the network's own pool gives."""
+    pool, activation = POOLS[how]
+    network, x = Pooling(pool), batch(4, *PLANES)
+    (layer,) = tappable(network, x[:1])
+    assert layer.names == ("pool" if how.startswith("nn.") else "max_pool2d()",)
+    assert (layer.activation, layer.activation.kind) == (activation, "max_pool")
+    assert (layer.shape, layer.units) == (FEATURES, 168)
+    weight, bias = (p.double().numpy() for p in network.conv.parameters())
+    wanted = conv3x3(x.double().numpy(), weight, bias)
+    tap = open_tap(AS_IS, network, layer.name, x[:1])
+    np.testing.assert_allclose(tap(x).numpy(), wanted.reshape(4, -1), **CLOSE)
+    pre, logits = tap.observe(x)
+    own = pool(network.conv(x)).flatten(1)
+    assert torch.equal(layer.activation(pre), own)
+    assert torch.equal(layer.activation(pre[1]), own[1])
+    assert torch.equal(logits, network(x))
+    torch.testing.assert_close(tap.pinned(x, pre[:1]), network(x[:1]).expand(4, -1), **CLOSE)
+    assert is_cut(tap, x[:1], x[1:2])
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool2d(2, return_indices=True),
+        nn.AdaptiveMaxPool2d(3),
+        nn.FractionalMaxPool2d(2, output_size=3),
+        nn.MaxPool1d(2),
+        nn.AvgPool2d(2),
+    ],
+)
+def test_other_pools_are_no_layers(pool: nn.Module) -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.relu = pool, nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            pooled = self.pool(x[:, 0] if isinstance(pool, nn.MaxPool1d) else x)
+            return self.relu(pooled[0] if isinstance(pooled, tuple) else pooled).flatten(1)
+
+    x = batch(2, 2, 6, 6)
+    (layer,) = tappable(Other(), x[:1])
+    assert layer.activation == Clip()
+    tap = open_tap(AS_IS, Other(), "relu", x[:1])
+    assert tap(x).shape == (2, layer.units)
+
+
+@pytest.mark.parametrize("prepare", [lambda x: x[:, 0], lambda x: (x * 9).int()])
+def test_a_pool_of_a_plane_without_channels_or_of_integers_is_no_layer(
+    prepare: Callable[[Tensor], Tensor],
+) -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = nn.MaxPool2d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pool(prepare(x)).float().flatten(1)
+
+    x = batch(1, 2, 6, 6)
+    assert tappable(Other(), x) == []
+    refusal = "nor is it a max pool that can be tapped; there is none"
+    with pytest.raises(UntappableLayer, match=refusal):
+        open_tap(AS_IS, Other(), "pool", x)
+
+
+class PoolsTwice(nn.Module):
+    """One pool that runs twice, once behind a ReLU, and a block that pools by a function."""
+
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.max_pool2d(x, 2, 1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.relu, self.block = nn.MaxPool2d(2, 1), nn.ReLU(), self.Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.pool(self.relu(self.pool(x - 0.5)))).flatten(1)
+
+
+def test_pools_are_named_by_module_and_run_and_a_clip_behind_one_by_itself() -> None:
+    x = batch(3, *PLANES)
+    found = tappable(PoolsTwice(), x[:1])
+    assert [layer.names for layer in found] == [
+        ("pool",),
+        ("relu",),
+        ("pool#1",),
+        ("block.max_pool2d()",),
+    ]
+    taps = {la.name: open_tap(AS_IS, PoolsTwice(), la.name, x[:1]) for la in found}
+    first = F.max_pool2d(x - 0.5, 2, 1)
+    second = F.max_pool2d(first.relu(), 2, 1)
+    for name, pre in (
+        ("pool", x - 0.5),
+        ("relu", first),
+        ("pool#1", first.relu()),
+        ("block.max_pool2d()", second),
+    ):
+        assert torch.equal(taps[name](x), pre.flatten(1))
+
+
+def test_a_module_that_clips_and_pools_is_a_layer_of_each() -> None:
+    class ReluPool(nn.MaxPool2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.relu())
+
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), ReluPool(2), nn.Flatten())
+    found = tappable(network, batch(1, *PLANES))
+    assert [layer.names for layer in found] == [("0", "1.relu()"), ("1",)]
+    assert [layer.activation.kind for layer in found] == ["relu", "max_pool"]
+
+
+def test_a_pool_whose_input_goes_on_unpooled_is_no_cut() -> None:
+    class Skip(Pooling):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.conv(x)
+            return self.last(torch.cat([self.pool(h).flatten(1), h[:, 0].flatten(1)], 1))
+
+    x = batch(2, *PLANES)
+    for build, cut in ((Pooling, True), (Skip, False)):
+        tap = open_tap(AS_IS, build(nn.MaxPool2d(2)), "pool", x[:1])
+        assert is_cut(tap, x[:1], x[1:]) == cut
+
+
+def test_the_pools_of_torchvisions_networks_are_layers_that_mix(
+    vgg: nn.Module, resnet: nn.Module, squeezenet: nn.Module
+) -> None:
+    x = batch(3, 3, 64, 64)
+    pools = {
+        vgg: ["features.2", "features.5", "features.10", "features.15", "features.20"],
+        resnet: ["maxpool"],
+        squeezenet: ["features.2", "features.6", "features.11"],
+    }
+    for network, names in pools.items():
+        found = tappable(network, x[:1])
+        assert [la.name for la in found if isinstance(la.activation, MaxPool)] == names
+        tap = open_tap(AS_IS, network, names[-1], x[:1])
+        assert is_cut(tap, x[:1], x[1:2])
+        assert not is_affine(tap, x[:2])
+        assert_mixes(tap, x)
+
+
+def test_a_pool_that_comes_first_is_affine_and_is_where_images_are_mixed() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 4), nn.ReLU()
+    )
+    x = batch(3, *PLANES)
+    with torch.no_grad():
+        for name, affine in (("1", True), ("3", False)):
+            tap = open_tap(AS_IS, network, name, x[:1])
+            assert is_affine(tap, x[:2]) == affine
+            assert_mixes(tap, x)
 
 
 # A layer's output that goes on unclipped as well
@@ -893,7 +1101,7 @@ class Branches(nn.Module):
 def test_a_first_layer_need_not_be_the_first_clip_and_pooling_is_not_affine() -> None:
     network, x = Branches(), batch(2, 1, 6, 6)
     affine = {la.name: is_affine(Tap(AS_IS, network, la), x) for la in tappable(network, x[:1])}
-    assert affine == {"left": True, "right": True, "pooled": False}
+    assert affine == {"left": True, "right": True, "max_pool2d()": True, "pooled": False}
 
 
 def assert_mixes(tap: Tap, corners: Tensor) -> None:
@@ -985,7 +1193,7 @@ def test_a_network_that_is_not_affine_up_to_its_first_clip_does_not_mix() -> Non
     late = random(zoo.mobilenet_v3_small, num_classes=10)  # Hardswish comes before its first ReLU
     for layer in tappable(late, x[:1])[:3]:
         assert not mixes(Tap(AS_IS, late, layer), x)
-    pooled = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(9, 4), nn.ReLU())
+    pooled = nn.Sequential(nn.AdaptiveMaxPool2d(3), nn.Flatten(), nn.Linear(9, 4), nn.ReLU())
     assert not mixes(open_tap(AS_IS, pooled, "2", batch(1, 1, 6, 6)), batch(3, 1, 6, 6))
 
 

@@ -31,7 +31,7 @@ def tap_of(model: Model, layer: str, digits: Tensor) -> Tap:
 
 
 def target_of(tap: Tap, image: Tensor) -> Target:
-    return Target(tap(image[None])[0], tap.layer.clip)
+    return Target(tap(image[None])[0], tap.layer.activation)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_more_corners_than_inactive_units_are_refused_naming_the_most(
     tap = tap_of(mlp, "fc1", digits)
     pre = torch.ones(256)
     pre[[4, 100, 250]] = -1.0
-    goal = Target(pre, tap.layer.clip)
+    goal = Target(pre, tap.layer.activation)
     with pytest.raises(InvalidSpec, match=r"'fc1' has 3 inactive units .* at most 3\."):
         choose_units(tap, goal, digits[0], spec(units=how, corners=4))
     most = choose_units(tap, goal, digits[0], spec(units=how, corners=3))
@@ -132,7 +132,7 @@ def test_more_corners_than_inactive_units_are_refused_naming_the_most(
 def test_a_unit_at_0_is_active_and_cannot_be_chosen(fc1: Tap, digits: Tensor) -> None:
     pre = torch.full((256,), -1.0)
     pre[0] = 0.0
-    goal = Target(pre, fc1.layer.clip)
+    goal = Target(pre, fc1.layer.activation)
     assert choose_units(fc1, goal, digits[0], spec(corners=2)) == [(1,), (2,)]
     with pytest.raises(InvalidSpec, match="Unit 0 is active"):
         choose_units(fc1, goal, digits[0], spec(units=[0], corners=1))
@@ -214,10 +214,67 @@ def test_reachable_lowers_inactive_units_and_raises_saturated_ones(
 ) -> None:
     source = FourPixels.source
     tap = open_tap(nn.Identity(), FourPixels(), "fc", source[None])
-    goal = Target(torch.tensor([-1.0, -1.0, -1.0, 8.0]), tap.layer.clip)
+    goal = Target(torch.tensor([-1.0, -1.0, -1.0, 8.0]), tap.layer.activation)
     settings = spec(units="reachable", corners=4, pixel_range=pixel_range)
     assert choose_units(tap, goal, source, settings) == [(unit,) for unit in ranking]
     assert choose_units(tap, goal, source, spec(corners=4)) == [(0,), (1,), (2,), (3,)]
+
+
+# Max pools
+
+
+class Plane(nn.Module):
+    """A pool of pairs behind a ReLU: the unit of each pixel is the pixel less a half. The last of
+    seven pixels is in no pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.pool = nn.ReLU(), nn.MaxPool2d((1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.relu(x - 0.5)).flatten(1)
+
+
+TARGET = torch.tensor([[[0.9, 0.7, 0.2, 0.3, 0.6, 0.8, 0.9]]])  # wins: 0, 5; 2 and 3 are 0
+BRIGHT = torch.tensor([[[0.9, 0.4, 0.9, 0.9, 0.9, 0.9, 0.9]]])  # unit 1 is 0, and has no gradient
+
+
+@pytest.fixture
+def plane() -> Tap:
+    return open_tap(nn.Identity(), Plane(), "pool", TARGET[None])
+
+
+@pytest.mark.parametrize("how", ["first", "random", "reachable"])
+def test_losers_of_a_pool_are_taken_and_last_those_that_the_source_leaves_at_0(
+    plane: Tap, how: str
+) -> None:
+    goal = target_of(plane, TARGET)
+    for seed in range(4):
+        settings = spec(units=how, corners=2, seed=seed)
+        assert choose_units(plane, goal, BRIGHT, settings) == [(4,), (1,)]
+    with pytest.raises(InvalidSpec, match=r"'pool' has 2 inactive units .* at most 2\."):
+        choose_units(plane, goal, BRIGHT, spec(units=how, corners=3))
+
+
+def test_the_first_losers_that_can_move_come_in_their_order(plane: Tap) -> None:
+    goal, white = target_of(plane, TARGET), torch.ones(1, 1, 7)
+    assert choose_units(plane, goal, white, spec(corners=2)) == [(1,), (4,)]
+
+
+@pytest.mark.parametrize(
+    ("unit", "reason"),
+    [
+        (0, r"active for the target .f' = 0.4."),
+        (3, r"active for the target .f' = 0."),
+        (6, "in no window of the pool"),
+    ],
+)
+def test_units_that_a_pool_does_not_free_below_a_bound_are_refused(
+    plane: Tap, unit: int, reason: str
+) -> None:
+    goal = target_of(plane, TARGET)
+    with pytest.raises(InvalidSpec, match=f"^Unit {unit} is {reason}, so a corner cannot"):
+        choose_units(plane, goal, BRIGHT, spec(units=[unit], corners=1))
 
 
 # Reachable where exact gradients of all units would take too long
