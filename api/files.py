@@ -109,7 +109,7 @@ async def arrays(
 @serves(router, "/{job_id}/{stem}.png", "image/png", raises=_RAISES)
 async def picture(
     job_id: JobId,
-    stem: Literal["figure", "snapshots", "curves", "hull", "worst"],
+    stem: Literal["figure", "snapshots", "curves", "hull", "regions", "worst"],
     key_id: KeyId,
     connection: Reading,
     if_none_match: IfNoneMatch = None,

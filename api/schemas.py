@@ -145,6 +145,7 @@ class JobUrls(BaseModel):
     snapshots_png: str | None = _once()
     curves_png: str | None = _once()
     hull_png: str | None = _once()
+    regions_png: str | None = _once()
     worst_png: str | None = _once()
 
 

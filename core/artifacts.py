@@ -39,7 +39,8 @@ def encode(done: Job, outcome: Outcome) -> dict[str, bytes]:
 def pictures(done: Job, outcome: Outcome) -> Callable[[], dict[str, bytes]]:
     """What draws `outcome` when it is called, here or in another process: PNG files by name.
 
-    `figure.png`, and where there are any, `curves.png`, `hull.png` and `snapshots.png`.
+    `figure.png`, and where there are any, `curves.png`, `hull.png`, `regions.png` and
+    `snapshots.png`.
     """
     from core import figures  # matplotlib takes half a second to import
 

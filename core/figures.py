@@ -19,6 +19,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from core.images import to_8bit
+from core.regions import SIGMA, Region, find_regions
 from core.result import CornerResult, Result, claims
 
 if TYPE_CHECKING:
@@ -36,20 +37,26 @@ CURVES_SIZE = 1400, 500
 HULL_SIZE = 900, 780
 CORNERS_SHOWN, CORNER_COLUMNS = 32, 6
 SNAPSHOT_ROWS, SNAPSHOT_COLUMNS = 8, 7
+LEAST_SIDE = 64  # of an image in which regions are looked for
 LETTERS = 24  # in a line of a corner's cell, at 8 cells across
 COLOURS = matplotlib.color_sequences["petroff10"]
 SOURCE_COLOUR, TARGET_COLOUR = "#0072B2", "#D55E00"  # Okabe and Ito's blue and vermilion
 RULE_COLOUR = "#CCCCCC"
+REGION_COLOURS = "#FFD60A", "#FF2D95", "#00E5FF", "#5CFF3B"  # rare in photographs
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """An image [C, H, W] and the lines around it, of which the first above is the heading."""
+    """An image [C, H, W] and the lines around it, of which the first above is the heading.
+
+    `boxes` are regions of the image, drawn in REGION_COLOURS.
+    """
 
     image: Pixels
     above: tuple[str, ...] = ()
     below: tuple[str, ...] = ()
     colour: str = RULE_COLOUR
+    boxes: Sequence[Region] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,8 @@ def draw(
         pictures["curves.png"] = draw_curves(course, result)
     if sampled and len(corners) > 1:
         pictures["hull.png"] = draw_hull(*sampled, result)
+    if min(source.shape[1:]) >= LEAST_SIDE and (regions := find_regions(corners)):
+        pictures["regions.png"] = draw_regions(source, target, corners, regions)
     if course.snapshot_steps:
         pictures["snapshots.png"] = draw_snapshots(source, target, course, corners)
     return pictures
@@ -150,6 +159,32 @@ def draw_snapshots(source: Pixels, target: Pixels, course: Course, corners: Pixe
         _Cell(target, ("target",), colour=TARGET_COLOUR),
         [_shown(rows, corners)],
         names=[f"corner {k}" for k in range(len(rows))],
+    )
+
+
+def draw_regions(
+    source: Pixels, target: Pixels, corners: Pixels, regions: Sequence[Region]
+) -> bytes:
+    """The paper's Figure 8(b): boxes around `regions` of `corners` [K, C, H, W], each in a colour
+    of its own, and below what is in them.
+    """
+    shown = corners[:CORNER_COLUMNS]
+    rows = [[_Cell(corner, (f"corner {k}",), boxes=regions) for k, corner in enumerate(shown)]]
+    for region, colour in zip(regions, REGION_COLOURS, strict=False):
+        rows.append([_Cell(region.of(corner), colour=colour) for corner in shown])
+    shares = ", ".join(_percent(region.share) for region in regions)
+    of_pixels = _percent(regions[0].height * regions[0].width / corners[0, 0].size)
+    return _sheet(
+        _Cell(source, ("source",), colour=SOURCE_COLOUR, boxes=regions),
+        rows,
+        _Cell(target, ("target",), colour=TARGET_COLOUR, boxes=regions),
+        [
+            f"Boxes: where the {len(corners)} corners differ most after a Gaussian of {SIGMA:g} "
+            f"pixels, enlarged below. They hold {shares} of what variance it leaves between "
+            f"corners, each on {of_pixels} of the pixels.",
+            _shown(shown, corners),
+        ],
+        names=["corners", *(f"region {i}" for i in range(len(regions)))],
     )
 
 
@@ -291,7 +326,8 @@ def _shown(shown: Sized, corners: Sized) -> str:
 
 def _clipped(images: list[Pixels]) -> str:
     # To four digits, for a sum of weights may exceed 1 by a rounding.
-    low, high = np.round([np.min(images), np.max(images)], 4)
+    extremes = [(image.min(), image.max()) for image in images]
+    low, high = np.round([np.min(extremes), np.max(extremes)], 4)
     if low >= 0 and high <= 1:
         return ""
     return f"Pixels lie outside [0, 1] ({low:.4g} to {high:.4g}): drawn clipped, as in the PNGs."
@@ -363,6 +399,11 @@ def _draw(axes: Axes, cell: _Cell, x: int, y: int, width: int, height: int) -> N
     axes.imshow(rgb, extent=(x, x + width, y + height, y), aspect="auto", interpolation=how)
     frame = (x - 1, y - 1), width + 2, height + 2
     axes.add_patch(Rectangle(*frame, fill=False, linewidth=2, edgecolor=cell.colour))
+    down, across = height / rows, width / columns
+    for box, colour in zip(cell.boxes, REGION_COLOURS, strict=False):
+        corner = x + box.left * across, y + box.top * down
+        size = box.width * across, box.height * down
+        axes.add_patch(Rectangle(corner, *size, fill=False, linewidth=3, edgecolor=colour))
     centre, above = x + width / 2, y - 5 - LINE * len(cell.above)
     _write(axes, centre, above, cell.above[:1], ha="center", weight="bold")
     _write(axes, centre, above + LINE, cell.above[1:], ha="center")

@@ -20,6 +20,7 @@ from core import artifacts, images, job
 from core import models as registry
 from core.engine import Group
 from core.errors import CoreError, InvalidSpec
+from core.objective import Target
 from core.outcome import Outcome, run_alone
 from core.result import Result, claims
 from core.spec import CollisionSpec
@@ -82,13 +83,13 @@ def layers(model: str, weights: str | None, target: str | None, *, device: str |
         opened = registry.load(model, weights=weights, device=pick_device(device))
         image = images.load(*images.read(target), opened.preprocessing) if target else None
         columns = ("active", "dimension at most") if image else ()
-        table = listing("layer", "shape", "units", "cut", *columns, whole=("layer",))
+        table = listing("layer", "kind", "shape", "units", "cut", *columns, whole=("layer",))
         with Progress(console=aside, transient=True, disable=not aside.is_terminal) as bar:
             for layer in bar.track(job.describe(opened), description="layers"):
                 shape = " x ".join(map(str, layer.shape))
                 cut = "yes" if layer.cut else "no"
                 counts = _target_columns(opened, layer, image) if image else ()
-                table.add_row(layer.name, shape, str(layer.units), cut, *counts)
+                table.add_row(layer.name, layer.kind, shape, str(layer.units), cut, *counts)
     console.print(table)
 
 
@@ -101,7 +102,7 @@ def _target_columns(
     classifier = model.classifier
     image = torch.from_numpy(target.pixels)[None].to(next(classifier.parameters()).device)
     tap = open_tap(classifier.normalize, classifier.network, layer.name, image)
-    active = int((tap(image) > 0).sum())
+    active = int(Target(tap(image)[0], tap.layer.activation).positive.sum())
     return str(active), str(max(0, image.numel() - active)) if layer.affine else ""
 
 
@@ -175,6 +176,16 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
         f"{polytope.spread:.3f} = mean pairwise distance {polytope.mean_pairwise_distance:.3f} / "
         f"{polytope.natural_distance:.2f} between {polytope.natural_distance_of}",
     )
+    looks = {
+        "SSIM": polytope.mean_ssim,
+        "low-pass share": polytope.mean_low_pass_share,
+        "LPIPS": polytope.mean_perceptual,
+    }
+    if len(result.corners) > 1:
+        yield (
+            "between corners",
+            ", ".join(f"{n} {'-' if v is None else f'{v:.3f}'}" for n, v in looks.items()),
+        )
     if between := result.interpolation:
         yield (
             f"{between.samples} interpolations",

@@ -8,7 +8,8 @@ from polycollide.answers import Job
 
 # What a result may leave in a folder; all of it goes before another result comes in.
 OURS = re.compile(
-    r"result\.json|corner-\d+\.png|(corners|samples|snapshots)\.npz|(figure|curves|hull|snapshots|worst)\.png"
+    r"result\.json|corner-\d+\.png|(corners|samples|snapshots)\.npz"
+    r"|(figure|curves|hull|regions|snapshots|worst)\.png"
 )
 ARTIFACT = re.compile(r"([a-z]+)_(npz|png)")
 

@@ -11,6 +11,7 @@ def test_files_are_served_with_names_and_cached_for_good(
     job = client.post("/v1/jobs", json=JOB).json()
     files = {"corners_npz": b"PK1", "samples_npz": b"PK2", "snapshots_npz": b"PK3"}
     files |= {"figure_png": png(seed=50), "worst_png": png(seed=51), "hull_png": png(seed=52)}
+    files["regions_png"] = png(seed=53)
     worker.succeed(worker.claim(job), **files)
     urls = client.get(job["urls"]["self"]).json()["urls"]
     for name, content in files.items():

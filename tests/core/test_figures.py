@@ -7,19 +7,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.mathtext import MathTextParser
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 
 from core import figures, images, job
 from core.outcome import run_alone
+from core.regions import find_regions
 from core.spec import CollisionSpec
 
 Pixels = NDArray[np.floating[Any]]
@@ -479,6 +483,90 @@ def test_a_class_may_be_called_anything(
     name = r"$5_bill$ \frac{1"
     case.with_corners(5, class_=name).draw()
     assert texts(drawn[0].axes[0]).count(name) == 5
+
+
+def photographed(count: int) -> tuple[Pixels, Pixels, Pixels]:
+    """A source, a target and corners of 90 x 140 pixels, noise that differs in two places."""
+    rng = np.random.default_rng(0)
+    source, target = 0.1 * rng.random((2, 3, 90, 140))
+    corners = np.repeat(source[None], count, axis=0)
+    for strength, top, left in ((0.8, 54, 20), (0.6, 9, 84)):
+        shades = strength * rng.permutation(np.linspace(0, 1, count))
+        corners[:, :, top : top + 18, left : left + 28] += shades[:, None, None, None]
+    return source, target, corners
+
+
+def boxes(axes: Axes, colour: str) -> list[tuple[int, int, int, int]]:
+    """Left, top, width and height of the frames of a colour."""
+    found = [p for p in axes.patches if isinstance(p, Rectangle)]
+    edges = [(p, to_hex(p.get_edgecolor()).upper()) for p in found]
+    return [
+        (round(p.get_x()), round(p.get_y()), round(p.get_width()), round(p.get_height()))
+        for p, edge in edges
+        if edge == colour
+    ]
+
+
+@pytest.mark.parametrize(("count", "shown"), [(2, 2), (5, 5), (20, 6)])
+def test_a_region_has_one_colour_and_stands_at_its_place_in_every_image(
+    drawn: list[Figure], count: int, shown: int
+) -> None:
+    source, target, corners = photographed(count)
+    regions = find_regions(corners)[:2]
+    assert [(r.top, r.left, r.height, r.width) for r in regions] == [
+        (54, 20, 18, 28),
+        (9, 84, 18, 28),
+    ]
+    picture = decoded(figures.draw_regions(source, target, corners, regions))
+    height, width, _ = picture.shape
+    assert 1000 <= width <= 1600
+    assert 300 <= height <= 2000
+    (axes,) = drawn[0].axes
+    frames = [[round(side) for side in image.get_extent()] for image in axes.images]
+    whole, enlarged = frames[:shown] + frames[-2:], np.reshape(frames[shown:-2], (2, shown, 4))
+    assert [text for text in texts(axes) if text.startswith("corner ")] == [
+        f"corner {k}" for k in range(shown)
+    ]
+    assert [text for text in texts(axes) if text.startswith("region ")] == ["region 0", "region 1"]
+    for region, colour, row in zip(regions, figures.REGION_COLOURS, enlarged, strict=False):
+        scale = (whole[0][1] - whole[0][0]) / 140
+        expected = [
+            (left + region.left * scale, top + region.top * scale, 28 * scale, 18 * scale)
+            for left, _, _, top in whole
+        ]
+        around = [(left - 1, top - 1, r - left + 2, b - top + 2) for left, r, b, top in row]
+        found = boxes(axes, colour)
+        assert np.abs(np.subtract(found[:shown] + found[-2:], expected)).max() <= 1
+        assert found[shown:-2] == around
+        # The line is there, in the picture, around what the corners differ by.
+        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+        for left, top, across, down in found[:shown]:
+            line = picture[top : top + down, left].astype(int)
+            assert np.abs(line - rgb).max(1).mean() < 16
+            assert np.abs(picture[top + down // 2, left + across // 2] - rgb).max() > 50
+    for k, corner in enumerate(corners[:shown]):
+        for region, row in zip(regions, enlarged, strict=True):
+            left, right, bottom, top = row[k]
+            part = picture[top + 2 : bottom - 2, left + 2 : right - 2].astype(float)
+            wanted = images.to_8bit(region.of(corner)).mean((1, 2))
+            assert part.mean((0, 1)) == pytest.approx(wanted, abs=3)
+    assert ("Shown: 6 of 20 corners." in texts(axes)) == (count == 20)
+    caption = " ".join(texts(axes))
+    assert f"They hold {100 * regions[0].share:.1f} %, {100 * regions[1].share:.1f} % of" in caption
+    assert "each on 4.0 % of the pixels" in caption
+
+
+def test_regions_are_drawn_of_images_that_have_some(case: Case) -> None:
+    source, target, corners = photographed(5)
+    result = case.result
+    course = replace(case.course, curve_steps=[], snapshot_steps=[])
+    assert "regions.png" in figures.draw(source, target, corners, result, course, None)
+    alike = np.repeat(source[None], 5, axis=0)
+    assert "regions.png" not in figures.draw(source, target, alike, result, course, None)
+    for height in (63, 64):  # pixels a side at least
+        part = (pixels[..., :height, :] for pixels in (source, target, corners))
+        drawn = figures.draw(*part, result, course, None)
+        assert ("regions.png" in drawn) == (height == 64)
 
 
 def test_threads_draw_what_one_thread_draws(case: Case) -> None:

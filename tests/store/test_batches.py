@@ -25,7 +25,7 @@ RESULT = {
     "seconds": 0.5,
     "warnings": ["No cut.", "No TF32."],
     "notes": [],
-    "polytope": {"mean_pairwise_distance": 2.5, "spread": 0.25},
+    "polytope": {"mean_pairwise_distance": 2.5, "spread": 0.25, "mean_ssim": 0.4},
     "interpolation": {
         "accuracy": 1.0,
         "accuracy_8bit": 0.75,
@@ -309,6 +309,9 @@ async def test_results_come_in_order_of_index_and_only_of_finished_jobs(connecti
         "steps": 12,
         "seconds": 0.5,
         "spread": 0.25,
+        "mean_ssim": 0.4,
+        "mean_low_pass_share": None,
+        "mean_perceptual": None,
         "accuracy": 1.0,
         "accuracy_8bit": 0.75,
         "mean_pairwise_distance": 2.5,
