@@ -17,7 +17,7 @@ app = typer.Typer(
 )
 
 # What is missing tells which extra has it.
-COMPUTING = ("matplotlib", "PIL", "safetensors", "scipy", "torch", "torchvision")
+COMPUTING = ("faiss", "matplotlib", "PIL", "safetensors", "scipy", "torch", "torchvision")
 
 Device = Annotated[
     str | None, typer.Option(help="cpu or cuda; the GPU is taken where there is one.")
@@ -104,6 +104,59 @@ def reproduce(
 
 
 app.add_typer(commands.service)
+
+patch_sets = typer.Typer(
+    no_args_is_help=True,
+    help="Build, list and delete patch sets, of which corners are composed. They are kept where "
+    "POLYCOLLIDE_PATCHES says.",
+)
+app.add_typer(patch_sets, name="patches")
+SetName = Annotated[str, typer.Argument(metavar="NAME", help="From `polycollide patches list`.")]
+
+
+@patch_sets.command("build")
+def build_patches(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of images.")],
+    name: Annotated[str, typer.Option(help="What the set is to be called.")],
+    size: Annotated[int, typer.Option(help="Pixels of a patch's side.")] = 32,
+    stride: Annotated[int, typer.Option(help="Pixels from one patch to the next.")] = 12,
+    resize: Annotated[int, typer.Option(help="Pixels of an image's side.")] = 224,
+    backend: Annotated[str, typer.Option(help="What searches large sets: faiss.")] = "faiss",
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the samples that the index learns from.")
+    ] = 0,
+) -> None:
+    """Make a patch set of all images in a folder; if stopped, the same command goes on."""
+    from polycollide import patches
+
+    patches.build(
+        directory, name, size=size, stride=stride, resize=resize, backend=backend, seed=seed
+    )
+
+
+@patch_sets.command("list")
+def list_patches() -> None:
+    """List the patch sets on this machine."""
+    from polycollide import patches
+
+    patches.show_all()
+
+
+@patch_sets.command("info")
+def patches_info(name: SetName, json: Json = False) -> None:
+    """Show what a patch set is made of, and the files that were skipped."""
+    from polycollide import patches
+
+    patches.show(name, json=json)
+
+
+@patch_sets.command("delete")
+def delete_patches(name: SetName) -> None:
+    """Delete a patch set, whole or unfinished."""
+    from polycollide import patches
+
+    patches.delete(name)
+
 
 OPERATING = "Run the service"
 keys = typer.Typer(

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -53,6 +54,8 @@ def test_run_prints_every_corner_and_the_measures_aligned(demo):
     header = next(i for i, line in enumerate(lines) if "L_pos" in line)
     assert [line.split()[0] for line in lines[header + 2 : header + 7]] == list("01234")
     assert "100.0 % (99.8 to 100.0) seen as 7" in result.stdout
+    looks = r"between corners +SSIM 0\.\d{3}, low-pass share 0\.\d{3}, LPIPS -"
+    assert re.search(looks, result.stdout)
 
 
 def test_run_writes_everything_a_result_has(demo):
@@ -221,14 +224,19 @@ def test_whoever_has_read_enough_json_ends_the_command_silently():
 
 def test_layers_lists_shapes_cuts_active_units_and_the_dimension_bound():
     plain = call("layers", "--model", "mnist-cnn")
-    assert [line.split()[0] for line in plain.stdout.splitlines()[3:7]] == [
-        *("conv1", "conv2", "fc1", "fc2")
+    assert [line.split()[:2] for line in plain.stdout.splitlines()[3:9]] == [
+        ["conv1", "relu"],
+        ["pool1", "max_pool"],
+        ["conv2", "relu"],
+        ["pool2", "max_pool"],
+        ["fc1", "relu"],
+        ["fc2", "relu"],
     ]
     result = json.loads(call(*PAPER, "--json").stdout)
     active = result["layer"]["active"]
     rows = call("layers", "--model", "mnist-mlp", *PAIR[2:]).stdout.splitlines()[3:5]
-    assert rows[0].split() == ["fc1", "256", "256", "yes", str(active), str(784 - active)]
-    assert len(rows[1].split()) == 5  # deeper, the layer is not affine in the image
+    assert rows[0].split() == ["fc1", "relu", "256", "256", "yes", str(active), str(784 - active)]
+    assert len(rows[1].split()) == 6  # deeper, the layer is not affine in the image
 
 
 def test_models_lists_what_ships_as_ready():

@@ -1,0 +1,1 @@
+"""Sets of image patches: storage, nearest neighbours, and their index."""
