@@ -22,6 +22,7 @@ from core.errors import CoreError, UnknownName
 from core.hull import Hull, ascend
 from core.objective import Losses, RowTensors
 from core.parametrize import Bounds, Parametrization, Pixels, project_
+from core.patches.composite import Patches
 from core.spec import CollisionSpec
 from core.taps import Tap, matmul_precision
 
@@ -90,7 +91,7 @@ class Group:
     l_pos_threshold: float
     violation_threshold: float = math.inf
     hull: Hull | None = None
-    patches: Parametrization | None = None
+    patches: Patches | None = None
 
     age: int = 0
     seconds: float = 0.0
@@ -119,7 +120,9 @@ class Group:
     @property
     def fingerprint(self) -> bytes:
         """A hash of settings, source and target: a saved state fits the job it was saved for."""
-        arrays = (self.source, self.losses.target)
+        arrays = [self.source, self.losses.target]
+        if self.patches:
+            arrays.append(self.patches.sources)
         content = [
             self.spec.model_dump_json().encode(),
             *(a.cpu().numpy().tobytes() for a in arrays),
@@ -161,11 +164,13 @@ class _Points:
 class _Seen:
     """A pass over all rows and, behind them, all points: f' and, where a hull asks for it, logits.
 
-    It depends on the parameters `leaf`, by way of the rows' `images`.
+    It depends on the parameters `leaf`, by way of the rows' `images`. `variation` [R] is their
+    R(P), where a job minds it.
     """
 
     leaf: Tensor
     images: Tensor
+    variation: Tensor | None
     pre: Tensor
     logits: Tensor | None
 
@@ -368,9 +373,9 @@ class Engine:
 
     def _forward(self) -> _Seen:
         leaf = self._rows.parameters.detach().requires_grad_()
-        images = self._images(leaf)
+        images, variation = self._images(leaf)
         if not self._points:
-            return _Seen(leaf, images, self.tap(images), None)
+            return _Seen(leaf, images, variation, self.tap(images), None)
         between = []
         for points in self._points:
             points.weights = points.weights.detach().requires_grad_(points.hull.seeks)
@@ -379,18 +384,21 @@ class Engine:
         between.append(images[:1].detach().expand(missing, *images.shape[1:]))
         whole = torch.cat([images, *between])
         if any(points.hull.settings.margin for points in self._points):
-            return _Seen(leaf, images, *self.tap.observe(whole))
-        return _Seen(leaf, images, self.tap(whole), None)
+            return _Seen(leaf, images, variation, *self.tap.observe(whole))
+        return _Seen(leaf, images, variation, self.tap(whole), None)
 
-    def _images(self, parameters: Tensor) -> Tensor:
-        """Those of all rows, fillers included, which are rows of the first group."""
-        if all(group.patches is None for group in self._groups):
-            return parameters
-        parts = [g.parametrization.images(parameters[where]) for g, where in self._places()]
-        fillers = parameters[len(self._owner) :]
-        if len(fillers):
-            parts.append(self._groups[0].parametrization.images(fillers))
-        return torch.cat(parts)
+    def _images(self, parameters: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Those of all rows, and R(P) [R] where it counts."""
+        if not any(group.patches for group in self._groups):
+            return parameters, None
+        parts = [(g.parametrization, parameters[where]) for g, where in self._places()]
+        if len(parameters) > len(self._owner):  # fillers, which are rows of the first group
+            parts.append((parts[0][0], parameters[len(self._owner) :]))
+        if not any(group.spec.gamma for group in self._groups):
+            return torch.cat([makes.images(own) for makes, own in parts]), None
+        both = [makes.images_and_variation(own) for makes, own in parts]
+        images, variation = (torch.cat(column) for column in zip(*both, strict=True))
+        return images, variation
 
     def _between(self) -> Iterator[tuple[_Points, slice]]:
         """Each group's points, and where they are in a pass."""
@@ -533,8 +541,15 @@ class Engine:
     def _gradient(self, seen: _Seen) -> Tensor:
         """d loss / d parameters [R, ...]; points that seek the worst move on."""
         gradient = self._at_images(seen)
-        if seen.images is not seen.leaf:
-            (gradient,) = torch.autograd.grad(seen.images, seen.leaf, gradient)
+        if seen.images is seen.leaf:
+            return gradient
+        outputs, aways = [seen.images], [gradient]
+        if seen.variation is not None:
+            outputs.append(seen.variation)
+            aways.append(torch.zeros_like(seen.variation))
+            for group, where in self._places():
+                aways[1][where] = group.spec.gamma
+        (gradient,) = torch.autograd.grad(outputs, seen.leaf, aways)
         return gradient
 
     def _at_images(self, seen: _Seen) -> Tensor:

@@ -16,6 +16,10 @@ from core.errors import InvalidSpec, UnknownName
 from core.hull import Hull
 from core.models import Model
 from core.objective import Losses, Target
+from core.patches import sets
+from core.patches.composite import Geometry, Patches
+from core.patches.neighbours import Neighbours
+from core.patches.sets import PatchSet
 from core.polytope import LayerPolytope, affine_map
 from core.result import Seen
 from core.spec import CollisionSpec, Relative, Threshold
@@ -102,17 +106,20 @@ class Job:
     seen_target: Seen
     group: Group
     polytope: LayerPolytope | None = None
+    patch_set: PatchSet | None = None
 
 
 @dataclass(frozen=True)
 class LayerInfo:
     """A layer that a model can be opened at, in plain values.
 
-    `names` are all that `open_tap` takes for it; `name`, the first, is how we call it.
+    `names` are all that `open_tap` takes for it; `name`, the first, is how we call it. `kind` is
+    the activation's: relu, relu6 or max_pool.
     """
 
     name: str
     names: tuple[str, ...]
+    kind: str
     shape: tuple[int, ...]
     units: int
     cut: bool
@@ -137,6 +144,7 @@ def _describe(tap: Tap, references: Tensor) -> LayerInfo:
     return LayerInfo(
         name=name,
         names=tuple(dict.fromkeys([name, tap.layer.names[-1]])),
+        kind=tap.layer.activation.kind,
         shape=tap.layer.shape,
         units=tap.layer.units,
         cut=is_cut(tap, references[:1], references[1:2]),
@@ -177,6 +185,7 @@ def prepare(
             the units do not fit the target, or the network gives numbers that are not finite.
         UnknownName: the spec names a class that the network does not have.
         NotAffine, TooLarge: the exact solver cannot take the layer.
+        UnknownName, PatchSetBusy, PatchSetUnusable, TooFewPatches: of the patch set.
     """
     tap = subject.tap
     pair = torch.from_numpy(np.stack([source.pixels, target.pixels])).to(subject.device)
@@ -193,8 +202,8 @@ def prepare(
     seen_source, seen_target = (_seen(subject.model, row) for row in logits)
     if spec.target_class is not None:
         _check_class(subject.model, spec.target_class, seen_target)
-    goal = Target(pre[1], tap.layer.clip)
-    if not (goal.pre[goal.active] > 0).any():
+    goal = Target(pre[1], tap.layer.activation)
+    if not goal.positive.any():
         raise InvalidSpec(
             f"The target activates no unit of layer {tap.layer.name!r} below saturation, so there "
             "is nothing to collide with; give another target or layer."
@@ -211,6 +220,10 @@ def prepare(
             beta=_beta(spec, goal),
             negative=spec.negative,
         )
+    patches, patch_set = None, None
+    if spec.parametrization == "patches":
+        patch_set = sets.open_set(spec.patches.set or "")
+        patches = _compose(patch_set, spec, source, subject.device)
     group = Group(
         key=key,
         spec=spec,
@@ -219,18 +232,37 @@ def prepare(
         hull=_hull(subject, spec, goal, logits[1:]) if spec.objective == "hull" else None,
         l_pos_threshold=_absolute(spec.l_pos_threshold, goal),
         violation_threshold=_absolute(spec.violation_threshold, goal),
+        patches=patches,
     )
     polytope = None
     if spec.solver != "gradient":
         polytope = LayerPolytope.of(
             affine_map(tap, pair),
-            tap.layer.clip,
+            tap.layer.activation,
             *pair,
             budget=spec.source_budget,
             null_space=spec.solver == "null_space",
         )
         group.score[:], group.reason[:] = 0.0, CONVERGED
-    return Job(spec, source, target, goal, units, seen_source, seen_target, group, polytope)
+    return Job(
+        spec, source, target, goal, units, seen_source, seen_target, group, polytope, patch_set
+    )
+
+
+def _compose(
+    patch_set: PatchSet, spec: CollisionSpec, source: images.Loaded, device: torch.device
+) -> Patches:
+    """Over each window of the source its nearest patch, with surroundings."""
+    pixels = images.to_8bit(source.pixels).transpose(1, 2, 0)
+    if pixels.shape[2] != 3:
+        raise InvalidSpec("Patches are of colour images, and this network takes grey ones.")
+    settings, n = spec.patches, patch_set.geometry.size
+    geometry = Geometry(pixels.shape[:2], n, settings.stride, settings.surround)
+    windows = np.stack([pixels[y : y + n, x : x + n] for y, x in geometry.positions])
+    with Neighbours(patch_set) as neighbours:
+        found, _ = neighbours.nearest(windows, exclude=() if settings.source else [source.sha256])
+    sources = patch_set.read(found[:, 0], settings.surround).transpose(0, 3, 1, 2)
+    return Patches(torch.from_numpy(sources).to(device).float() / 255, geometry)
 
 
 def _hull(subject: Subject, spec: CollisionSpec, goal: Target, logits: Tensor) -> Hull:
@@ -267,7 +299,7 @@ def chosen_mask(units: list[tuple[int, ...]], goal: Target) -> Tensor:
 def _beta(spec: CollisionSpec, goal: Target) -> float:
     if not isinstance(spec.beta, Relative):
         return spec.beta
-    typical = float(goal.pre[goal.active].square().mean().sqrt())
+    typical = float(goal.pre[goal.positive].square().mean().sqrt())
     return spec.beta.relative * spec.alpha * typical
 
 
@@ -296,5 +328,5 @@ def _check_class(model: Model, wanted: str, seen: Seen) -> None:
 def _feature_distance(tap: Tap, references: Tensor) -> float:
     """Mean ||f(a) - f(b)|| over pairs of the reference images."""
     pre, _ = interpolate.observe(tap, references)
-    features = tap.layer.clip(pre)
+    features = tap.layer.activation(pre)
     return interpolate.mean_of_pairs(interpolate.pairwise_distance(features))

@@ -3,20 +3,31 @@
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from core import certify, exact, images, interpolate
+from core import certify, distances, edges, exact, images, interpolate
 from core.engine import REASONS, Group
 from core.job import Job, Subject, chosen_mask, prepare
 from core.objective import l_neg, l_pos, residual, violation
 from core.polytope import Clock, Stopped, collision_error
-from core.result import Certificate, CornerResult, Exact, LayerResult, Provenance, Result, Worst
+from core.program import UnsupportedNetwork, read
+from core.result import (
+    Certificate,
+    CornerResult,
+    Edges,
+    Exact,
+    LayerResult,
+    Provenance,
+    Result,
+    Worst,
+)
 from core.spec import CollisionSpec
 from core.taps import matmul_precision
 
@@ -81,6 +92,7 @@ def measure(subject: Subject, job: Job, on_chunk: Callable[[], None] = lambda: N
             on_step=on_chunk,
         )
     corner_results = _corner_results(subject, job)
+    polytope = interpolate.measure_polytope(corners, subject.natural)
     result = Result(
         converged=bool(job.group.converged.all()),
         steps=min(job.group.age, spec.max_steps),
@@ -93,12 +105,12 @@ def measure(subject: Subject, job: Job, on_chunk: Callable[[], None] = lambda: N
             name=subject.tap.layer.name,
             shape=list(subject.tap.layer.shape),
             units=subject.tap.layer.units,
-            active=int((goal.pre > 0).sum()),
+            active=int(goal.positive.sum()),
         ),
         source=job.seen_source,
         target=job.seen_target,
         corners=corner_results,
-        polytope=interpolate.measure_polytope(corners, subject.natural),
+        polytope=polytope.model_copy(update=distances.beyond_l2(corners, on_chunk)),
         interpolation=interpolation,
         ball=ball,
         worst=_worst(subject, label, worst) if worst else None,
@@ -205,19 +217,46 @@ def _worst(subject: Subject, label: int, found: certify.WorstPoint) -> Worst:
 def _certify(
     subject: Subject, job: Job, worst: certify.WorstPoint | None, on_chunk: Callable[[], None]
 ) -> Certificate:
-    asked, corners = job.spec.certify, job.group.corners
+    asked, corners, label = job.spec.certify, job.group.corners, job.seen_target.label
     assert asked
+    if asked.hull == "8bit":
+        corners = interpolate.to_8bit_(corners.clone())
     found = certify.certify(
         subject.tap,
-        interpolate.to_8bit_(corners.clone()) if asked.hull == "8bit" else corners,
-        job.seen_target.label,
+        corners,
+        label,
         candidate=worst.weights if worst else None,
         max_seconds=asked.seconds,
         max_subsimplices=asked.subsimplices,
         on_step=on_chunk,
     )
+    walked = None
+    if found.outcome == "unknown" and len(corners) > 1:
+        walked = _walk(subject, corners, label, asked.seconds, on_chunk)
+    if walked and walked.least_margin < 0:
+        again = certify.certify(
+            subject.tap, corners, label, candidate=walked.weights, max_seconds=0.0
+        )
+        if again.outcome == "refuted":
+            found = replace(found, outcome="refuted", weights=again.weights, reason=None)
+            walked = None
     weights = None if found.weights is None else found.weights.tolist()
-    return Certificate(hull=asked.hull, **{**vars(found), "weights": weights})
+    return Certificate(
+        hull=asked.hull,
+        **{**vars(found), "weights": weights},
+        edges=Edges(**{**vars(walked), "weights": walked.weights.tolist()}) if walked else None,
+    )
+
+
+def _walk(
+    subject: Subject, corners: Tensor, label: int, seconds: float, on_chunk: Callable[[], None]
+) -> edges.Edges | None:
+    """None where the network cannot be read."""
+    try:
+        program = read(subject.tap.normalize, subject.tap.network, tuple(corners.shape[1:]))
+    except UnsupportedNetwork:
+        return None
+    return edges.walk(program, corners, label, max_seconds=seconds, on_step=on_chunk)
 
 
 def _corner_results(subject: Subject, job: Job) -> list[CornerResult]:
@@ -300,6 +339,7 @@ def _provenance(subject: Subject, job: Job) -> Provenance:
         weights_sha256=subject.model.weights_sha256,
         source_sha256=job.source.sha256,
         target_sha256=job.target.sha256,
+        patch_set_sha256=job.patch_set.sha256 if job.patch_set else None,
         spec=job.spec,
         seed=job.spec.seed,
         device=torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})",

@@ -21,6 +21,10 @@ class Parametrization(Protocol):
         """Differentiable, and each image by its own row alone."""
         ...
 
+    def images_and_variation(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """And R(P) [R], the total variation of section 4.1."""
+        ...
+
 
 @dataclass(frozen=True)
 class Pixels:
@@ -33,6 +37,9 @@ class Pixels:
 
     def images(self, parameters: Tensor) -> Tensor:
         return parameters
+
+    def images_and_variation(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        return parameters, parameters.new_zeros(len(parameters))
 
 
 def project_(pixels: Tensor, bounds: Bounds) -> None:

@@ -64,6 +64,25 @@ class Polytope(_Model):
     natural_distance: float = Field(description="Mean between random images of this shape.")
     natural_distance_of: str
     spread: float = Field(description="mean_pairwise_distance / natural_distance")
+    # Results of earlier versions have none of these. Means are over pairs of different corners,
+    # null where no pair has a value.
+    mean_ssim: float | None = None
+    ssim: list[list[float]] | None = Field(
+        None,
+        description="Structural similarity (Wang et al. 2004), the mean over channels: 1 where two "
+        "corners are alike. Null under 11 pixels a side, and past 2^28 values in all pairs.",
+    )
+    mean_low_pass_share: float | None = None
+    low_pass_share: list[list[float | None]] | None = Field(
+        None,
+        description="||L d|| / ||d|| of the difference d, L a Gaussian with a sigma of 4 pixels: "
+        "0.07 for white noise, near 1 for what is coarse. Null where d is 0.",
+    )
+    mean_perceptual: float | None = None
+    perceptual: list[list[float]] | None = Field(
+        None, description="LPIPS by AlexNet, where its weights are on the machine."
+    )
+    perceptual_missing: str | None = Field(None, description="Why, and what to do about it.")
 
 
 class InterpolationResult(_Model):
@@ -116,6 +135,27 @@ class Worst(_Model):
     label_8bit: int
 
 
+class Edges(_Model):
+    """What is known of the lines between every two corners, where nothing is proved of their hull.
+
+    On a line the network is piecewise linear. So where all lines were walked, piece by piece, no
+    point on them has a margin under `least_margin`, but for the rounding of float64.
+    """
+
+    least_margin: float = Field(
+        description="Of the walked part, and of the midpoints of all lines: the target's logit "
+        "minus the greatest other one."
+    )
+    weights: list[float] = Field(description="Of the corners, where that is.")
+    label: int = Field(description="What the network takes that point for.")
+    pieces: int
+    fraction: float = Field(description="Of the lines' length, walked in the time allowed.")
+    seconds: float
+    expected_seconds: float | None = Field(
+        description="That all would take, by proportion; null where all were walked, or nothing."
+    )
+
+
 class Certificate(_Model):
     """What is proved of all infinitely many points between the corners of `hull`.
 
@@ -133,6 +173,9 @@ class Certificate(_Model):
     weights: list[float] | None
     reason: str | None
     float32_error: float | None
+    edges: Edges | None = Field(
+        None, description="Walked where the outcome is unknown and the network can be read."
+    )
 
 
 class Exact(_Model):
@@ -155,6 +198,7 @@ class Provenance(_Model):
     weights_sha256: str
     source_sha256: str = Field(description="Of the file as it was given.")
     target_sha256: str
+    patch_set_sha256: str | None = Field(None, description="Of its geometry and its images.")
     spec: CollisionSpec
     seed: int
     device: str
@@ -202,7 +246,8 @@ def claims(result: Result) -> Iterator[tuple[str, str]]:
             told = f"every point between the {of} has a margin of at least {proof.bound:.3g}"
         elif proof.outcome == "refuted":
             told = f"a point between the {of} has another class"
-        yield "Proof", f"{proof.outcome}: {told}".rstrip(".")
+        walked = f"; {_walked(proof.edges)}" if proof.edges else ""
+        yield "Proof", f"{proof.outcome}: {told}".rstrip(".") + walked
     if exact := result.exact:
         yield (
             "Exact polytope",
@@ -210,3 +255,24 @@ def claims(result: Result) -> Iterator[tuple[str, str]]:
             f"distance to source {exact.least_distance_to_source:.2f}, to target "
             f"{exact.least_distance_to_target:.2f}; collision error {exact.collision_error:.1e}",
         )
+
+
+def _walked(edges: Edges) -> str:
+    count = len(edges.weights) * (len(edges.weights) - 1) // 2
+    between = "the edge" if count == 1 else f"the {count} edges"
+    least = f"a margin of at least {edges.least_margin:.3g}"
+    if edges.fraction == 1:
+        told = f"every point on {between} between them has {least}"
+        return f"{told} ({edges.pieces} linear pieces)"
+    told = f"of {between} between them {100 * edges.fraction:.2g} % was walked"
+    told += f" in {edges.seconds:.0f} s"
+    if edges.expected_seconds is None:
+        return told
+    return f"{told}, with {least}; all would take about {_rough(edges.expected_seconds)}"
+
+
+def _rough(seconds: float) -> str:
+    for unit, length in (("years", 31_557_600), ("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:.0f} s"

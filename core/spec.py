@@ -83,6 +83,25 @@ class Hull(Strict):
     )
 
 
+class Patches(Strict):
+    """What images are composed of, where `parametrization` is `patches` (section 4 of the paper).
+
+    Windows as large as the set's patches cover the source image. Each gets its nearest patch of
+    the set, with the patch's surroundings.
+    """
+
+    set: Name | None = Field(
+        None, description="A name that `polycollide patches list` shows; windows have its size."
+    )
+    stride: int = Field(12, ge=1, le=1024, description="Pixels from one window to the next.")
+    surround: int = Field(
+        16, ge=0, le=1024, description="Pixels that each side of a patch's surroundings has."
+    )
+    source: bool = Field(
+        False, description="Whether the source image's own patches, if in the set, may be taken."
+    )
+
+
 class Certify(Strict):
     """How far a proof is sought that the hull of the corners has the target's class throughout.
 
@@ -93,7 +112,12 @@ class Certify(Strict):
         "float", description="Of the corners as they are, or as their 8-bit files hold them."
     )
     subsimplices: int = Field(20_000, ge=1, le=1_000_000, description="Bounded at most.")
-    seconds: float = Field(10.0, gt=0, le=86400, description="Spent at most.")
+    seconds: float = Field(
+        10.0,
+        gt=0,
+        le=86400,
+        description="Spent at most; as many again on the edges, if that leaves it open.",
+    )
 
 
 class CollisionSpec(Strict):
@@ -128,6 +152,12 @@ class CollisionSpec(Strict):
         "with points between them that collide as well, and drives the corners apart.",
     )
     hull: Hull = Field(Hull(), description="Settings of the objective `hull`.")
+    parametrization: Literal["pixels", "patches"] = Field(
+        "pixels",
+        description="What is optimised: `pixels` of the corners, which begin as the source; or, of "
+        "natural `patches` laid over it, how much each counts at each pixel.",
+    )
+    patches: Patches = Field(Patches(), description="Settings of the parametrization `patches`.")
     solver: Literal["gradient", "exact", "null_space"] = Field(
         "gradient",
         description="`exact` finds corners of the polytope itself by linear programs, one a unit; "
@@ -142,9 +172,9 @@ class CollisionSpec(Strict):
         | Annotated[list[Unit | UnitSet], Field(min_length=1, max_length=MAX_CORNERS)]
     ) = Field(
         "first",
-        description="The inactive unit, or set of units, that each corner pushes away: the first "
-        "ones (the paper's), random ones, those whose gradient at the source can most lower them, "
-        "or a list with one entry a corner.",
+        description="The inactive unit, or set of units, that each corner pushes away (at a max "
+        "pool: that lose the maximum): the first ones (the paper's), random ones, those whose "
+        "gradient at the source can most lower them, or a list with one entry a corner.",
     )
     alpha: float = Field(1.0, gt=0, le=1e9, description="Weight of L_pos.")
     beta: Weight | Relative = Field(Relative(relative=1.0), description="Weight of L_neg.")
@@ -219,8 +249,11 @@ class CollisionSpec(Strict):
             raise ValueError("A hull has two corners or more; give corners, or another objective.")
         if self.solver == "gradient" and self.source_budget is not None:
             raise ValueError("source_budget bounds the exact solver; set solver to exact as well.")
-        if self.solver != "gradient" and (self.objective, self.pixel_range) != ("corners", "valid"):
+        asked = self.objective, self.pixel_range, self.parametrization
+        if self.solver != "gradient" and asked != ("corners", "valid", "pixels"):
             raise ValueError("The exact solver takes objective corners and valid pixels.")
+        if self.parametrization == "patches" and self.patches.set is None:
+            raise ValueError("Patches come from a patch set; set patches.set to a set's name.")
         return self
 
     @property
@@ -233,11 +266,13 @@ class CollisionSpec(Strict):
         """Jobs with the same key can share one engine's forward and backward pass."""
         shared = (self.model, self.weights, self.layer, self.precision)
         loop = (self.optimizer, self.objective == "plain")
-        return hashlib.sha256(repr((*shared, *loop)).encode()).hexdigest()[:16]
+        p = self.patches
+        laid = (p.set, p.stride, p.surround) if self.parametrization == "patches" else ()
+        return hashlib.sha256(repr((*shared, *loop, *laid)).encode()).hexdigest()[:16]
 
 
 def _over(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What is given, over the preset; of settings that have settings of their own, each by itself."""
+    """What is given, over the preset; settings that hold others, each of those by itself."""
     merged = preset | given
     for name, value in given.items():
         if isinstance(value, dict) and isinstance(preset.get(name), dict):
@@ -256,6 +291,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layer": "fc1",
         "corners": 5,
         "objective": "corners",
+        "parametrization": "pixels",
         "solver": "gradient",
         "units": "first",
         "alpha": 1.0,
@@ -283,6 +319,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layer": "classifier.0",
         "corners": 5,
         "objective": "corners",
+        "parametrization": "pixels",
         "solver": "gradient",
         "units": "first",
         "alpha": 50.0,
@@ -307,6 +344,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "hull": {
         "corners": 5,
         "objective": "hull",
+        "parametrization": "pixels",
         "solver": "gradient",
         "units": "first",
         "alpha": 1.0,

@@ -1,6 +1,8 @@
 """Whole jobs: what the result says is checked against a second computation in float64."""
 
+import copy
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +10,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from scipy.spatial.distance import pdist
+from torch.nn import functional
 
 from core import certify, exact, images, interpolate, job
 from core.errors import InvalidSpec, UnknownName, UntappableLayer
 from core.models import ASSETS
 from core.outcome import Outcome, measure, run_alone
 from core.polytope import NotAffine
-from core.result import claims
+from core.result import Result, claims
 from core.spec import CollisionSpec
 from core.taps import open_tap
 
@@ -268,31 +271,43 @@ class Branchy(nn.Module):
 """
 
 
-@pytest.fixture
-def branchy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network whose branches are no cuts, its joint is one; registered as an operator would."""
+def register(
+    name: str, code: str, side: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network with random weights, as an operator would."""
     import hashlib
 
     from safetensors.torch import save_file
 
     namespace: dict[str, type] = {}
-    exec(BRANCHY, namespace)
+    exec(code, namespace)
     torch.manual_seed(0)
-    weights = tmp_path / "branchy.safetensors"
-    save_file(namespace["Branchy"]().state_dict(), weights)
-    (tmp_path / "branchy_net.py").write_text(BRANCHY)
-    (tmp_path / "models.toml").write_text(
+    weights = folder / f"{name}.safetensors"
+    save_file(namespace[name.capitalize()]().state_dict(), weights)
+    (folder / f"{name}_net.py").write_text(code)
+    (folder / "models.toml").write_text(
         f"""[[models]]
-        name = "branchy"
-        factory = "branchy_net:Branchy"
-        weights = "branchy.safetensors"
+        name = "{name}"
+        factory = "{name}_net:{name.capitalize()}"
+        weights = "{name}.safetensors"
         sha256 = "{hashlib.sha256(weights.read_bytes()).hexdigest()}"
         classes = ["a", "b", "c", "d"]
         [models.preprocessing]
-        crop = 4
+        crop = {side}
         """
     )
-    monkeypatch.setenv("POLYCOLLIDE_MODELS", str(tmp_path / "models.toml"))
+    monkeypatch.setenv("POLYCOLLIDE_MODELS", str(folder / "models.toml"))
+
+
+def photos(subject: job.Subject) -> list[images.Loaded]:
+    files = [images.read(f"sample:photos/{name}") for name in ("animal_panda", "fish_fish25")]
+    return [images.load(*file, subject.model.preprocessing) for file in files]
+
+
+@pytest.fixture
+def branchy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network whose branches are no cuts, its joint is one."""
+    register("branchy", BRANCHY, 4, tmp_path, monkeypatch)
 
 
 @pytest.mark.usefixtures("branchy")
@@ -300,12 +315,8 @@ def branchy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_layer_that_is_no_cut_is_warned_of(layer, cut):
     settings = {"preset": None, "model": "branchy", "layer": layer, "corners": 2, "max_steps": 20}
     spec, subject = subject_of(**settings)
-    pair = [
-        images.load(*images.read(f"sample:photos/{name}"), subject.model.preprocessing)
-        for name in ("animal_panda", "fish_fish25")
-    ]
     if not cut:
-        _, outcome = run_alone(subject, spec, *pair)
+        _, outcome = run_alone(subject, spec, *photos(subject))
         assert outcome.result.cut is False
         assert any("'left' is no cut" in said for said in outcome.result.warnings)
     else:
@@ -324,10 +335,8 @@ def test_a_target_that_activates_nothing_is_refused():
     spec, subject = subject_of(preset=None, model="branchy", layer="left")
     with torch.no_grad():
         subject.model.classifier.network.left.bias.fill_(-100)
-    photos = [images.read(f"sample:photos/{name}") for name in ("animal_panda", "fish_fish25")]
-    pair = [images.load(*photo, subject.model.preprocessing) for photo in photos]
     with pytest.raises(InvalidSpec, match="activates no unit"):
-        job.prepare(subject, spec, *pair, key="job")
+        job.prepare(subject, spec, *photos(subject), key="job")
 
 
 def test_corners_that_share_their_units_are_warned_of():
@@ -356,11 +365,19 @@ def test_layers_are_described_in_plain_values_with_every_name_that_opens_them():
     _, subject = subject_of(model="mnist-cnn", layer="fc1")
     model = subject.model
     layers = list(job.describe(model))
-    assert [layer.name for layer in layers] == ["conv1", "conv2", "fc1", "fc2"]
-    assert [layer.affine for layer in layers] == [True, False, False, False]
+    named = {layer.name: (layer.kind, layer.affine) for layer in layers}
+    assert list(named.items()) == [
+        ("conv1", ("relu", True)),
+        ("pool1", ("max_pool", False)),
+        ("conv2", ("relu", False)),
+        ("pool2", ("max_pool", False)),
+        ("fc1", ("relu", False)),
+        ("fc2", ("relu", False)),
+    ]
     assert json.loads(json.dumps(vars(layers[0]))) == {
         "name": "conv1",
         "names": ["conv1", "relu1"],
+        "kind": "relu",
         "shape": [16, 28, 28],
         "units": 16 * 28 * 28,
         "cut": True,
@@ -371,6 +388,126 @@ def test_layers_are_described_in_plain_values_with_every_name_that_opens_them():
         for name in layer.names:
             tap = open_tap(model.classifier.normalize, model.classifier.network, name, probe)
             assert tap.layer.shape == layer.shape
+
+
+def windows_by_hand(layer: str, pixels: np.ndarray) -> torch.Tensor:
+    """What the 2 x 2 windows of a pool of mnist-cnn see, [N, C, H, W, 4] in float64."""
+    h, w = torch.from_numpy(pixels).double(), weights_by_hand()
+    for conv in ("conv1", "conv2"):
+        h = functional.conv2d(h, w[f"{conv}.weight"], w[f"{conv}.bias"], padding=1).relu()
+        n, c, height, width = h.shape
+        h = h.view(n, c, height // 2, 2, width // 2, 2).transpose(3, 4).flatten(4)
+        if conv[-1] == layer[-1]:
+            return h
+        h = h.amax(4)
+    raise AssertionError
+
+
+def weights_by_hand() -> dict[str, torch.Tensor]:
+    weights = load_file(ASSETS / "mnist-cnn.safetensors")
+    return {k: torch.from_numpy(v).double() for k, v in weights.items()}
+
+
+def from_pool_on(layer: str, pooled: torch.Tensor) -> torch.Tensor:
+    """The logits of mnist-cnn."""
+    h, w = pooled, weights_by_hand()
+    if layer == "pool1":
+        h = functional.conv2d(h, w["conv2.weight"], w["conv2.bias"], padding=1).relu()
+        h = h.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).amax((3, 5))
+    h = h.flatten(1)
+    for fc in ("fc1", "fc2", "fc3"):
+        h = (h if fc == "fc1" else h.relu()) @ w[f"{fc}.weight"].T + w[f"{fc}.bias"]
+    return h
+
+
+@pytest.mark.parametrize(
+    ("layer", "settings"),
+    [
+        ("pool1", {"units": "first"}),
+        ("pool2", {"units": "reachable"}),
+        ("pool2", {"preset": "hull", "max_steps": 400, "certify": None}),
+        ("pool2", {"objective": "plain", "corners": 1, "l_pos_threshold": {"relative": 0.02}}),
+    ],
+)
+def test_corners_at_a_max_pool_collide_from_there_on(layer, settings):
+    without = {"preset": None, "model": "mnist-cnn", "ball_samples": 0, "worst_starts": 0}
+    done, outcome = run(**without | {"layer": layer} | settings)
+    result = outcome.result
+    assert result.converged
+    assert result.cut
+    seen = windows_by_hand(layer, outcome.corners)
+    goal = windows_by_hand(layer, done.target.pixels[None])
+    told = [corner.relative_residual for corner in result.corners]
+    missed = (seen.amax(4) - goal.amax(4)).flatten(1).norm(dim=1) / goal.amax(4).norm()
+    assert told == pytest.approx(missed.tolist(), rel=1e-3)
+    assert max(told) < 0.2
+    assert from_pool_on(layer, seen.amax(4)).argmax(1).tolist() == [7] * len(told)
+    assert [corner.label for corner in result.corners] == [7] * len(told)
+    # One active unit in each window, but that all are in a window of zeros.
+    first = functional.one_hot(goal.argmax(4), 4).bool()
+    active = first | (goal.amax(4, keepdim=True) == 0)
+    l_pos = ((seen - goal).square() * active).flatten(1).sum(1)
+    above = ((seen - goal.amax(4, keepdim=True)).relu().square() * ~active).flatten(1).sum(1)
+    assert [c.l_pos for c in result.corners] == pytest.approx(l_pos.tolist(), rel=1e-3)
+    assert [c.violation for c in result.corners] == pytest.approx(above.tolist(), rel=1e-3)
+    assert int(done.goal.positive.sum()) == int((goal.amax(4) > 0).sum())
+    if units := [unit for (unit,) in done.units or []]:
+        assert len({tuple(corner.flatten()) for corner in outcome.corners}) == 5
+        side = 2 * goal.shape[3]
+        for unit in units:
+            row, column = unit // side % side, unit % side
+            place = (unit // side**2, row // 2, column // 2, row % 2 * 2 + column % 2)
+            assert not active[0][place]
+
+
+POOLING = """
+import torch
+from torch import nn
+
+class Pooling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.pool = nn.MaxPool2d(3, 2, padding=1, ceil_mode=True)
+        self.top = nn.Linear(6 * 6 * 6, 4)
+
+    def forward(self, x):
+        return self.top(self.pool(self.conv(x)).relu().flatten(1))
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_pool_with_overlapping_padded_windows_and_no_relu_before_it_collides(
+    tmp_path, monkeypatch, precision
+):
+    register("pooling", POOLING, 12, tmp_path, monkeypatch)
+    settings = {"model": "pooling", "layer": "pool", "units": "reachable", "corners": 3}
+    settings |= {"precision": precision, "ball_samples": 0}
+    spec, subject = subject_of(preset=None, **settings)
+    done, outcome = run_alone(subject, spec, *photos(subject))
+    assert outcome.result.converged
+    assert outcome.result.cut
+    assert outcome.result.polytope.mean_pairwise_distance > 0.1
+    with torch.no_grad():
+        network = copy.deepcopy(subject.model.classifier).double()
+        pixels = np.concatenate([outcome.corners, done.target.pixels[None]])
+        features = network.network.conv(network.normalize(torch.from_numpy(pixels).double()))
+        assert (features < 0).any()
+        padded = functional.pad(features, (1, 2, 1, 2), value=-math.inf)
+        pooled = padded.unfold(2, 3, 2).unfold(3, 3, 2).amax((4, 5)).flatten(1)
+        logits = network.network.top(pooled.relu())
+    assert pooled.shape == (4, 216)
+    missed = (pooled[:3] - pooled[3]).norm(dim=1) / pooled[3].norm()
+    told = [corner.relative_residual for corner in outcome.result.corners]
+    assert told == pytest.approx(missed.tolist(), rel=1e-3)
+    assert logits.argmax(1).tolist() == [outcome.result.target.label] * 4
+
+
+def test_the_exact_solver_takes_no_pool_though_it_be_affine(tmp_path, monkeypatch):
+    register("pooling", POOLING, 12, tmp_path, monkeypatch)
+    spec, subject = subject_of(preset=None, model="pooling", layer="pool", solver="exact")
+    with pytest.raises(NotAffine, match=r"'pool' is a max pool, .* has no layer that is"):
+        run_alone(subject, spec, *photos(subject))
 
 
 def test_exact_corners_are_in_the_result_with_what_is_least():
@@ -430,3 +567,51 @@ def test_a_violation_is_shown_and_refutes():
     assert found.result.certificate.outcome == "refuted"
     assert found.result.worst.margin_8bit < 0
     assert "another class" in " ".join(text for _, text in claims(found.result))
+
+
+def certified_between(*corners: dict[str, float]) -> Result:
+    """Of a job whose corners are these mixtures of digits, and proved by one simplex if at all."""
+    found, _ = run(corners=len(corners), max_steps=1, certify={"subsimplices": 1}, worst_starts=0)
+    _, subject = subject_of()
+    found.group.corners = torch.stack(
+        [
+            sum(part * torch.from_numpy(digit(subject, name).pixels) for name, part in mix.items())
+            for mix in corners
+        ]
+    )
+    return measure(subject, found).result
+
+
+def test_where_nothing_is_proved_the_edges_are_walked():
+    result = certified_between({"7-0": 0.6, "1-0": 0.4}, {"7-1": 1.0})
+    proof = result.certificate
+    assert (proof.outcome, proof.edges.fraction) == ("unknown", 1)
+    assert proof.edges.least_margin > 0 and proof.edges.pieces > 50
+    assert (proof.edges.label, sum(proof.edges.weights)) == (7, 1)
+    said = dict(claims(result))["Proof"]
+    assert said.startswith("unknown: ")
+    assert said.endswith(
+        "used up; every point on the edge between them has a margin of at least "
+        f"{proof.edges.least_margin:.3g} ({proof.edges.pieces} linear pieces)"
+    )
+    partly = {"fraction": 2e-4, "seconds": 10.0, "expected_seconds": None}
+    assert _said_of_edges(result, partly) == "of the edge between them 0.02 % was walked in 10 s"
+    for expected, told in ((5e4, "14 hours"), (3e6, "35 days"), (3e8, "10 years"), (90, "90 s")):
+        said = _said_of_edges(result, partly | {"expected_seconds": expected})
+        assert said.endswith(f"; all would take about {told}")
+
+
+def _said_of_edges(result: Result, changes: dict[str, float | None]) -> str:
+    proof = result.certificate
+    changed = proof.model_copy(update={"edges": proof.edges.model_copy(update=changes)})
+    said = dict(claims(result.model_copy(update={"certificate": changed})))["Proof"]
+    return said.split("used up; ")[1]
+
+
+def test_a_violation_on_an_edge_refutes():
+    """Between two 7s, neither at the corners nor half way, where a certificate looks by itself."""
+    result = certified_between({"7-0": 0.45, "1-0": 0.55}, {"7-1": 0.7, "0-1": 0.3})
+    proof = result.certificate
+    assert (proof.outcome, proof.edges, proof.reason) == ("refuted", None, None)
+    assert proof.weights[1] == pytest.approx(0.35, abs=0.05)
+    assert "another class" in dict(claims(result))["Proof"]

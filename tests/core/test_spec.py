@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from core.spec import PRESETS, Certify, CollisionSpec, Hull, Interpolation, Relative
+from core.spec import PRESETS, Certify, CollisionSpec, Hull, Interpolation, Patches, Relative
 
 MINIMAL = {"model": "mnist-mlp", "layer": "fc1"}
 
@@ -34,12 +34,14 @@ def refusals(**settings: Any) -> list[str]:
 
 # What a preset leaves to the user: nothing that moves a pixel or changes what is measured.
 LEFT = {"schema_version", "preset", "weights", "target_class", "snapshots", "figures", "seed"}
-LEFT |= {"hull", "source_budget"}  # of another objective, and of another solver
+# Of another objective, of another solver, and of another parametrization.
+LEFT |= {"hull", "source_budget", "patches"}
 OTHER: dict[str, Any] = {
     "model": "other",
     "layer": "other",
     "corners": 7,
     "objective": "plain",
+    "parametrization": "patches",
     "hull": {
         "points": 9,
         "sampling": "worst",
@@ -96,7 +98,7 @@ def test_what_the_user_sets_wins_over_the_preset(preset: str, field: str) -> Non
         other = fixed[field]  # which the other objectives alone leave a choice
     elif fixed[field] == other:
         other = STILL_OTHER[field]
-    given = left_open(preset) | {"preset": preset, field: other}
+    given = left_open(preset) | {"preset": preset, field: other, "patches": {"set": "photos"}}
     dumped = CollisionSpec.model_validate(given).model_dump()
     assert {name: dumped[name] for name in fixed} == fixed | {field: other}
 
@@ -192,6 +194,13 @@ BOUNDS: list[tuple[str, list[object], list[object]]] = [
     ("hull", [{"margin": 0}, {"margin": 0.99}], [{"margin": 1}, {"margin": -0.1}]),
     ("hull", [{"goal": 10}, {"source": 1e9}], [{"goal": 0}, {"goal": 11}, {"source": -1}]),
     ("solver", ["gradient", "exact", "null_space"], ["linear", None]),
+    ("parametrization", ["pixels"], ["fourier", None]),
+    ("patches", [{"stride": 1}, {"surround": 0}], [{"stride": 0}, {"surround": -1}, None]),
+    (
+        "patches",
+        [{"set": "a-1.b"}, {"set": None}],
+        [{"set": "a/b"}, {"set": ""}, {"set": "x" * 201}],
+    ),
     ("source_budget", [None], [0, -1, 1.1, math.nan]),
     ("worst_starts", [0, 4096], [-1, 4097]),
     ("certify", [None, {"hull": "8bit"}], [{"hull": "png"}, {"seconds": 0}, {"seconds": 86401}]),
@@ -248,6 +257,14 @@ def test_the_exact_solver_has_a_budget_and_no_other_objective(settings: dict[str
     solver = "gradient" if "source_budget" in settings else "exact"
     assert refusals(solver=solver, **settings) == [""]
     assert build(solver="exact", source_budget=0.5).source_budget == 0.5
+
+
+def test_patches_are_of_a_set_and_share_a_pass_with_those_laid_alike() -> None:
+    assert refusals(parametrization="patches") == [""]
+    laid = {"parametrization": "patches", "patches": {"set": "photos", "stride": 14}}
+    key = build(**laid).batch_key
+    assert build(**laid, gamma=3.0, alpha=2.0).batch_key == key
+    assert build(**laid | {"patches": laid["patches"] | {"surround": 8}}).batch_key != key
 
 
 def test_a_hull_has_corners_to_span_it() -> None:
@@ -311,6 +328,10 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
         margin=floats(0, 0.99),
         source=floats(0, 1e9),
     ),
+    "parametrization": st.sampled_from(["pixels", "patches"]),
+    "patches": st.builds(
+        Patches, set=NAMES, stride=st.integers(1, 1024), surround=st.integers(0, 1024)
+    ),
     "solver": st.just("gradient"),
     "source_budget": st.none(),
     "worst_starts": st.integers(0, 4096),
@@ -353,6 +374,8 @@ def specs(draw: st.DrawFn) -> CollisionSpec:
         settings["objective"] = "corners"
     if settings["corners"] == 1 and settings.get("preset") == "hull":
         settings["preset"] = None
+    if "patches" not in settings:
+        settings["parametrization"] = "pixels"
     return CollisionSpec.model_validate(settings)
 
 
@@ -388,6 +411,7 @@ BASE = build(objective="corners")
         {"optimizer": "gd"},
         {"optimizer": "momentum"},
         {"objective": "plain"},
+        {"parametrization": "patches", "patches": {"set": "photos"}},
     ],
 )
 def test_jobs_that_cannot_share_a_pass_have_other_keys(settings: dict[str, Any]) -> None:
