@@ -220,7 +220,6 @@ class Engine:
         rows = self._fresh_rows(group)
         if state is not None:
             _restore(group, rows, state)
-            group.corners = group.parametrization.images(rows.kept)
         if not group.running.any():
             self._finished.append(group)
             return
@@ -282,10 +281,11 @@ class Engine:
         for name in ROW_STATE:
             own = getattr(rows, name).cpu()
             whole = own.new_zeros(group.spec.corners, *own.shape[1:])
-            if name == "kept":
-                whole = group.corners.cpu().clone()
             whole[torch.from_numpy(corner)] = own
             state[name] = whole
+        best = group.corners.clone()
+        best[_index(corner, rows)] = group.parametrization.images(rows.kept)
+        state["corners"] = best.cpu()
         host: dict[str, Any] = {
             "job": list(group.fingerprint),
             "best": group.score,
@@ -594,7 +594,7 @@ def _restore(group: Group, rows: _Rows, state: Mapping[str, Tensor]) -> None:
     Raises:
         UnfitState: as `Engine.admit` does; then nothing has changed.
     """
-    own = {*ROW_STATE, *HOST_STATE, *(f"{r}.{part}" for r in RECORDS for part in PARTS)}
+    own = {"corners", *ROW_STATE, *HOST_STATE, *(f"{r}.{part}" for r in RECORDS for part in PARTS)}
     if missing := sorted(own - state.keys()):
         raise UnfitState(f"The state saved for job {group.key!r} lacks {missing[0]!r}.")
     if state["job"].tolist() != list(group.fingerprint):
@@ -603,6 +603,7 @@ def _restore(group: Group, rows: _Rows, state: Mapping[str, Tensor]) -> None:
         )
     for name in ROW_STATE:
         setattr(rows, name, state[name].to(getattr(rows, name), copy=True))
+    group.corners = state["corners"].to(group.corners, copy=True)
     group.score, group.steps, group.reason = (
         state[name].numpy().copy() for name in ("best", "steps", "reason")
     )

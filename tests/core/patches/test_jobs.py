@@ -1,0 +1,222 @@
+"""Jobs whose corners are composed of patches, on a small colour network with random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from core import images, models
+from core.engine import Engine
+from core.errors import InvalidSpec, UnknownName
+from core.images import Preprocessing
+from core.job import Job, Subject, prepare
+from core.models import Classifier, Model, Normalize
+from core.outcome import run_alone
+from core.patches.neighbours import Neighbours
+from core.patches.sets import PatchSet
+from core.spec import CollisionSpec
+
+SIDE = 40
+SETTINGS: dict[str, Any] = {
+    "model": "small",
+    "layer": "1",
+    "corners": 3,
+    "parametrization": "patches",
+    "patches": {"set": "exact", "stride": 8, "surround": 4},
+    "max_steps": 40,
+    "learning_rate": 0.1,
+    "snapshots": 2,
+    "ball_samples": 0,
+    "worst_starts": 16,
+    "interpolation": {"samples": 20},
+}
+
+
+@pytest.fixture(autouse=True)
+def _sets(exact: PatchSet, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYCOLLIDE_PATCHES", str(root))
+
+
+@pytest.fixture(scope="module")
+def small() -> Model:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 24), nn.ReLU(), nn.Linear(24, 5)
+    )
+    return Model(
+        name="small",
+        classifier=Classifier(Normalize("RGB", mean=(0.5,) * 3, std=(0.2,) * 3), network).eval(),
+        preprocessing=Preprocessing("RGB", (SIDE, SIDE), SIDE),
+        classes=tuple("abcde"),
+        weights="random",
+        weights_sha256="0" * 64,
+    )
+
+
+def subject_of(model: Model, **settings: Any) -> tuple[CollisionSpec, Subject]:
+    spec = CollisionSpec.model_validate(SETTINGS | settings)
+    return spec, Subject.of(model, spec)
+
+
+def photo(subject: Subject, name: str) -> images.Loaded:
+    return images.load(*images.read(f"sample:photos/{name}"), subject.model.preprocessing)
+
+
+def prepared(model: Model, key: str = "job", **settings: Any) -> tuple[Subject, Job]:
+    spec, subject = subject_of(model, **settings)
+    pair = photo(subject, "animal_panda"), photo(subject, "fish_fish25")
+    return subject, prepare(subject, spec, *pair, key=key)
+
+
+def test_corners_begin_as_the_sources_nearest_patches_of_other_images(
+    small: Model, exact: PatchSet
+) -> None:
+    _, job = prepared(small)
+    assert job.group.patches
+    seed = np.round(job.source.pixels.transpose(1, 2, 0) * 255).astype(np.uint8)
+    # By equation 5, window after window.
+    size, surround = exact.geometry.size, 4
+    side = size + 2 * surround
+    tent = 1 - np.abs((np.arange(side) + 0.5) * 2 / side - 1)
+    total, mixed = np.zeros((SIDE, SIDE, 1)), np.zeros((SIDE, SIDE, 3))
+    own = exact.numbers[job.source.sha256]
+    with Neighbours(exact) as neighbours:
+        for y in range(0, SIDE - size + 1, 8):
+            for x in range(0, SIDE - size + 1, 8):
+                window = seed[None, y : y + size, x : x + size]
+                found, _ = neighbours.nearest(window, k=1, exclude=[job.source.sha256])
+                assert found[0, 0, 0] != own
+                source = exact.read(found[0], surround)[0] / 255
+                for i in range(side):
+                    for j in range(side):
+                        row, column = y + i - surround, x + j - surround
+                        if 0 <= row < SIDE and 0 <= column < SIDE:
+                            weight = tent[i] * tent[j]
+                            total[row, column] += weight
+                            mixed[row, column] += weight * source[i, j]
+    expected = (mixed / total).transpose(2, 0, 1)
+    for corner in job.group.corners:
+        np.testing.assert_allclose(corner.numpy(), expected, atol=1e-5)
+
+
+def test_the_sources_own_patches_give_the_source_where_they_may_be_taken(
+    small: Model, exact: PatchSet
+) -> None:
+    laid = {"set": "exact", "stride": 8, "surround": 0, "source": True}
+    spec, subject = subject_of(small, patches=laid)
+    source = images.Loaded(
+        (exact.pixels[0, :SIDE, :SIDE].transpose(2, 0, 1) / 255).astype(np.float32), (), "of none"
+    )
+    job = prepare(subject, spec, source, photo(subject, "fish_fish25"), key="job")
+    np.testing.assert_allclose(job.group.corners[0].numpy(), source.pixels, atol=1e-6)
+
+
+def test_a_step_is_that_of_a_loss_written_out_in_float64(small: Model) -> None:
+    settings = {"optimizer": "gd", "learning_rate": 0.5, "max_steps": 10}
+    subject, job = prepared(small, **settings, beta=0.2, alpha=0.7, negative="absolute")
+    group = job.group
+    assert group.patches
+    # All windows at full size: [W, H, W'] is small here, and autograd does the rest.
+    geometry = group.patches.geometry
+    sources = group.patches.sources.double()
+    layer = small.classifier.network[1]
+    weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
+    parameters = group.patches.start(3).double()
+    side = geometry.source_size
+    for _ in range(10):
+        leaf = parameters.clone().requires_grad_()
+        wide, of = [], []
+        for window, (y, x) in enumerate(geometry.positions - geometry.surround):
+            pad = (x, SIDE - x - side, y, SIDE - y - side)  # negative ones cut off
+            wide.append(functional.pad(leaf[:, window], pad, value=-torch.inf))
+            of.append(functional.pad(sources[window], pad))
+        softmax = torch.stack(wide, 1).softmax(1)
+        image = torch.einsum("kwyx,wcyx->kcyx", softmax, torch.stack(of))
+        pre = ((image - 0.5) / 0.2).flatten(1) @ weight.T + bias
+        goal = job.goal.pre.double()
+        loss = 0.7 * ((pre - goal)[:, goal >= 0] ** 2).sum()
+        for row, (unit,) in enumerate(job.units or []):
+            others = [u for u in range(24) if goal[u] < 0 and u != unit]
+            loss = loss + 0.2 * (pre[row, unit] + pre[row, others].abs().sum())
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        parameters = parameters - 0.5 * gradient
+    engine = subject.engine(job.spec)
+    engine.admit(group)
+    engine.advance()
+    found = engine.state_of("job")["parameters"].double()
+    inert = group.patches.weights(group.patches.start(3)) == 0
+    moved = (parameters - group.patches.start(3)).masked_fill(inert, 0).abs().max()
+    assert moved > 1e-3
+    assert (found - parameters).masked_fill(inert, 0).abs().max() < 1e-3 * moved
+
+
+def test_gamma_holds_the_total_variation_down(small: Model) -> None:
+    varied = []
+    for gamma in (0.0, 0.1):
+        subject, job = prepared(small, gamma=gamma, optimizer="gd", learning_rate=0.5)
+        engine = subject.engine(job.spec)
+        engine.admit(job.group)
+        engine.advance()
+        assert job.group.patches
+        moved = engine.state_of("job")["parameters"]
+        varied.append(job.group.patches.total_variation(moved))
+    assert (varied[1] < 0.9 * varied[0]).all()
+
+
+@pytest.mark.parametrize("objective", ["corners", "hull"])
+def test_company_and_a_break_leave_a_job_of_patches_as_it_is(small: Model, objective: str) -> None:
+    subject, alone = prepared(small, objective=objective)
+    engine = subject.engine(alone.spec)
+    engine.admit(alone.group)
+    while not engine.advance():
+        pass
+    _, first = prepared(small, objective=objective)
+    _, other = prepared(small, key="other", objective="hull", seed=3, gamma=0.1)
+    engine = subject.engine(first.spec)
+    engine.admit(first.group)
+    engine.admit(other.group)
+    engine.advance()
+    state = engine.withdraw("job")
+    _, again = prepared(small, objective=objective)
+    fresh = Engine(subject.working_tap, again.spec.optimizer)
+    fresh.admit(again.group, state)
+    while not fresh.advance():
+        pass
+    torch.testing.assert_close(again.group.corners, alone.group.corners, rtol=0, atol=1e-4)
+    assert again.group.steps.tolist() == alone.group.steps.tolist()
+
+
+def test_a_job_comes_nearer_to_its_target_and_tells_its_set(small: Model, exact: PatchSet) -> None:
+    spec, subject = subject_of(small, max_steps=100, objective="hull")
+    pair = photo(subject, "animal_panda"), photo(subject, "fish_fish25")
+    start = prepare(subject, spec, *pair, key="start").group.corners
+    before = (subject.tap(start)[0] - subject.tap(torch.from_numpy(pair[1].pixels)[None])[0]).norm()
+    job, outcome = run_alone(subject, spec, *pair)
+    after = [corner.l_pos**0.5 for corner in outcome.result.corners]
+    assert max(after) < 0.5 * float(before)
+    assert outcome.result.provenance.patch_set_sha256 == exact.sha256
+    assert outcome.corners.min() >= 0
+    assert outcome.corners.max() <= 1
+    assert job.patch_set == exact
+
+
+def test_what_patches_need_is_said(small: Model) -> None:
+    spec, subject = subject_of(small, patches={"set": "exakt"})
+    pair = photo(subject, "animal_panda"), photo(subject, "fish_fish25")
+    with pytest.raises(UnknownName, match="did you mean 'exact'"):
+        prepare(subject, spec, *pair, key="job")
+    spec, subject = subject_of(small, patches={"set": "exact", "stride": 17})
+    with pytest.raises(InvalidSpec, match="stride of 1 to 16"):
+        prepare(subject, spec, *pair, key="job")
+    grey = CollisionSpec.model_validate(SETTINGS | {"model": "mnist-mlp", "layer": "fc1"})
+    digits = Subject.of(models.load("mnist-mlp"), grey)
+    two = (
+        images.load(*images.read(f"sample:mnist/{name}"), digits.model.preprocessing)
+        for name in ("3-0", "7-0")
+    )
+    with pytest.raises(InvalidSpec, match="grey"):
+        prepare(digits, grey, *two, key="job")
