@@ -27,6 +27,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/mnist_jobs.py
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/composition.py
 	$(BIN)/python benchmarks/service.py
 
 # Needs a Docker engine; the first build of the images takes long.
