@@ -49,8 +49,10 @@ class Submission:
 
     @property
     def sha256(self) -> str:
-        """The same for bodies that ask for the same thing."""
-        body = self.request.model_dump(mode="json", exclude={"source", "target"})
+        """The same for bodies that ask for the same thing, in later versions, too."""
+        body = self.request.model_dump(
+            mode="json", exclude={"source", "target"}, exclude_defaults=True
+        )
         body |= {"source": self.source.sha256, "target": self.target.sha256}
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 

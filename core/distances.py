@@ -155,7 +155,8 @@ def _lpips(device: torch.device) -> Any:
 def _listed(matrix: Floats | None) -> list[list[float | None]] | None:
     if matrix is None:
         return None
-    return [[None if np.isnan(value) else value for value in row] for row in matrix.tolist()]
+    rounded = np.round(matrix, 6).tolist()  # of 256 corners these are as long as all the rest
+    return [[None if np.isnan(value) else value for value in row] for row in rounded]
 
 
 def _mean(matrix: Floats | None) -> float | None:

@@ -124,7 +124,7 @@ class Group:
         if self.patches:
             arrays.append(self.patches.sources)
         content = [
-            self.spec.model_dump_json().encode(),
+            self.spec.model_dump_json(exclude_defaults=True).encode(),
             *(a.cpu().numpy().tobytes() for a in arrays),
         ]
         return hashlib.sha256(b"".join(content)).digest()
@@ -148,6 +148,7 @@ class _Rows(RowTensors):
     low: Tensor
     high: Tensor
     losses: Losses
+    pixels: int  # of an image, all channels
 
 
 @dataclass
@@ -361,6 +362,7 @@ class Engine:
             low=image * (-math.inf if free else 0.0),
             high=image * (math.inf if free else 1.0),
             losses=group.losses,
+            pixels=group.source.numel(),
         )
 
     def _draw_points(self) -> None:
@@ -380,7 +382,7 @@ class Engine:
         for points in self._points:
             points.weights = points.weights.detach().requires_grad_(points.hull.seeks)
             between.append(torch.tensordot(points.weights, images[points.where], dims=1))
-        missing = _missing(sum(map(len, between)), images)
+        missing = _missing(sum(map(len, between)), self._rows)
         between.append(images[:1].detach().expand(missing, *images.shape[1:]))
         whole = torch.cat([images, *between])
         if any(points.hull.settings.margin for points in self._points):
@@ -617,7 +619,7 @@ def _restore(group: Group, rows: _Rows, state: Mapping[str, Tensor]) -> None:
 
 def _filled(rows: _Rows, chosen: Integers) -> _Rows:
     """The `chosen` rows, filled up with copies of the first of them where images are small."""
-    missing = _missing(len(chosen), rows.parameters)
+    missing = _missing(len(chosen), rows)
     index = np.append(chosen, np.full(missing, chosen[0]))
     return rows.select(_index(index, rows))
 
@@ -628,9 +630,9 @@ def _scores(losses: Losses, pre: Tensor, thresholds: Tensor) -> tuple[Tensor, Te
     return both, (both / thresholds).amax(1)
 
 
-def _missing(count: int, images: Tensor) -> int:
-    """Fillers for so many rows like `images` [R, C, H, W]."""
-    return -count % FILL if images[0].numel() <= SMALL_IMAGE else 0
+def _missing(count: int, rows: _Rows) -> int:
+    """Fillers for so many images like those of `rows`."""
+    return -count % FILL if rows.pixels <= SMALL_IMAGE else 0
 
 
 def _index(places: Integers, rows: _Rows) -> Tensor:

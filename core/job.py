@@ -35,6 +35,10 @@ from core.taps import (
 )
 from core.units import choose_units
 
+# Control parameters of a job of patches: three times the paper's. The engine holds some eight
+# numbers for each, 4 GB in all.
+MAX_PARAMETERS = 2**27
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -258,6 +262,13 @@ def _compose(
         raise InvalidSpec("Patches are of colour images, and this network takes grey ones.")
     settings, n = spec.patches, patch_set.geometry.size
     geometry = Geometry(pixels.shape[:2], n, settings.stride, settings.surround)
+    parameters = spec.corners * geometry.count * geometry.source_size**2
+    if parameters > MAX_PARAMETERS:
+        raise InvalidSpec(
+            f"{geometry.count} windows with sources of {geometry.source_size} px make "
+            f"{parameters:,} control parameters, over {MAX_PARAMETERS:,}; take fewer corners, "
+            "a larger stride or smaller surroundings."
+        )
     windows = np.stack([pixels[y : y + n, x : x + n] for y, x in geometry.positions])
     with Neighbours(patch_set) as neighbours:
         found, _ = neighbours.nearest(windows, exclude=() if settings.source else [source.sha256])

@@ -79,7 +79,7 @@ class Polytope(_Model):
         "0.07 for white noise, near 1 for what is coarse. Null where d is 0.",
     )
     mean_perceptual: float | None = None
-    perceptual: list[list[float]] | None = Field(
+    perceptual: list[list[float | None]] | None = Field(
         None, description="LPIPS by AlexNet, where its weights are on the machine."
     )
     perceptual_missing: str | None = Field(None, description="Why, and what to do about it.")

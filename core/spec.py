@@ -275,8 +275,9 @@ def _over(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """What is given, over the preset; settings that hold others, each of those by itself."""
     merged = preset | given
     for name, value in given.items():
-        if isinstance(value, dict) and isinstance(preset.get(name), dict):
-            merged[name] = preset[name] | value
+        own = value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+        if isinstance(own, dict) and isinstance(preset.get(name), dict):
+            merged[name] = preset[name] | own
     return merged
 
 

@@ -17,7 +17,16 @@ app = typer.Typer(
 )
 
 # What is missing tells which extra has it.
-COMPUTING = ("faiss", "matplotlib", "PIL", "safetensors", "scipy", "torch", "torchvision")
+COMPUTING = (
+    "faiss",
+    "matplotlib",
+    "PIL",
+    "safetensors",
+    "scipy",
+    "skimage",
+    "torch",
+    "torchvision",
+)
 
 Device = Annotated[
     str | None, typer.Option(help="cpu or cuda; the GPU is taken where there is one.")

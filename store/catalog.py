@@ -40,8 +40,13 @@ class Catalog:
     def check(self, spec: CollisionSpec) -> None:
         """Raises UnknownName or InvalidSpec where no worker can run it.
 
-        What nobody has reported yet is left to the worker to find out.
+        What nobody has reported yet is left to the worker to find out. Which patch sets they have
+        workers do not report, so jobs of patches are for `polycollide run`.
         """
+        if spec.parametrization == "patches":
+            raise InvalidSpec(
+                "The service does not take jobs of patches; run them with `polycollide run`."
+            )
         if not self.names:
             return
         if spec.model not in self.names:

@@ -241,6 +241,11 @@ def test_what_no_worker_knows_is_refused_with_what_is_near(
             ({"weights": "shippd"}, "unknown_name", "shipped"),
             ({"target_class": "11"}, "unknown_name", "known"),
             ({"model": "large"}, "invalid_spec", "ask for fewer"),
+            (
+                {"parametrization": "patches", "patches": {"set": "x"}},
+                "invalid_spec",
+                "polycollide run",
+            ),
             ({"model": "wide", "objective": "hull"}, "invalid_spec", "5 points between them"),
         ):
             response = client.post("/v1/jobs", json=JOB | {"spec": SPEC | given})

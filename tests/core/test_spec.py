@@ -107,6 +107,7 @@ def test_one_of_a_presets_inner_settings_leaves_the_others_as_they_are() -> None
     spec = build(preset="hull", hull={"goal": 0.5}, beta={"relative": 2.0}, alpha=2.0)
     assert spec.hull == Hull(**PRESETS["hull"]["hull"] | {"goal": 0.5})
     assert spec.hull.diversity != Hull().diversity
+    assert build(preset="hull", hull=Hull(goal=0.5)).hull == spec.hull
     assert build(preset="hull", beta=3.0).beta == 3.0
     assert build(preset="paper-mnist", beta={"relative": 2.0}).beta == Relative(relative=2.0)
 

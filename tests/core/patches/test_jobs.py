@@ -212,6 +212,9 @@ def test_what_patches_need_is_said(small: Model) -> None:
     spec, subject = subject_of(small, patches={"set": "exact", "stride": 17})
     with pytest.raises(InvalidSpec, match="stride of 1 to 16"):
         prepare(subject, spec, *pair, key="job")
+    spec, subject = subject_of(small, patches={"set": "exact", "stride": 1, "surround": 1024})
+    with pytest.raises(InvalidSpec, match="smaller surroundings"):
+        prepare(subject, spec, *pair, key="job")
     grey = CollisionSpec.model_validate(SETTINGS | {"model": "mnist-mlp", "layer": "fc1"})
     digits = Subject.of(models.load("mnist-mlp"), grey)
     two = (
