@@ -19,11 +19,12 @@ import torch
 from timing import Report, alternate, console, quick_asked, table, verdict
 from torch import Tensor
 
-from core.patches.composite import GEOMETRIES, Geometry, Patches
+from core.patches.composite import Patches
+from core.patches.windows import GEOMETRIES, Windows
 
 CORNERS = 5
 ROWS = 2  # of pixels at a time: 1, 4 and 8 take as long
-AUTHORS = Geometry((224, 224), *GEOMETRIES["code"])
+AUTHORS = Windows((224, 224), *GEOMETRIES["code"])
 
 Step = Callable[[], tuple[Tensor, Tensor]]  # images [K, 3, H, W], the gradient of parameters
 

@@ -16,10 +16,10 @@ from core.errors import InvalidSpec, UnknownName
 from core.hull import Hull
 from core.models import Model
 from core.objective import Losses, Target
-from core.patches import sets
-from core.patches.composite import Geometry, Patches
+from core.patches.composite import Patches
+from core.patches.library import Library
 from core.patches.neighbours import Neighbours
-from core.patches.sets import PatchSet
+from core.patches.windows import Windows
 from core.polytope import LayerPolytope, affine_map
 from core.result import Seen
 from core.spec import CollisionSpec, Relative, Threshold
@@ -34,10 +34,6 @@ from core.taps import (
     true_name,
 )
 from core.units import choose_units
-
-# Control parameters of a job of patches: three times the paper's. The engine holds some eight
-# numbers for each, 4 GB in all.
-MAX_PARAMETERS = 2**27
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ class Job:
     seen_target: Seen
     group: Group
     polytope: LayerPolytope | None = None
-    patch_set: PatchSet | None = None
+    patch_set_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -178,11 +174,18 @@ def reference_images(model: Model) -> Tensor:
 
 @matmul_precision(tf32=False)
 def prepare(
-    subject: Subject, spec: CollisionSpec, source: images.Loaded, target: images.Loaded, key: str
+    subject: Subject,
+    spec: CollisionSpec,
+    source: images.Loaded,
+    target: images.Loaded,
+    key: str,
+    library: Library | None = None,
+    on_part: Callable[[], object] = lambda: None,
 ) -> Job:
     """Checks the images and settings against the network and builds the engine's group.
 
-    A job for the exact solver needs no engine, and passes through one at once.
+    A job for the exact solver needs no engine, and passes through one at once. `library` has the
+    sets that jobs of patches name; `on_part` is called as the search for patches goes on.
 
     Raises:
         InvalidSpec: the images are the same, the target is not of the class that the spec names,
@@ -193,7 +196,8 @@ def prepare(
     """
     tap = subject.tap
     pair = torch.from_numpy(np.stack([source.pixels, target.pixels])).to(subject.device)
-    if torch.equal(pair[0], pair[1]):
+    # Patches of other images begin as none of both: they can collide with the source itself.
+    if torch.equal(pair[0], pair[1]) and spec.parametrization != "patches":
         raise InvalidSpec("Source and target are the same image; give two different ones.")
     with torch.no_grad():
         pre, logits = tap.observe(pair)
@@ -224,10 +228,11 @@ def prepare(
             beta=_beta(spec, goal),
             negative=spec.negative,
         )
-    patches, patch_set = None, None
+    neighbours, patches = None, None
     if spec.parametrization == "patches":
-        patch_set = sets.open_set(spec.patches.set or "")
-        patches = _compose(patch_set, spec, source, subject.device)
+        assert library
+        neighbours = library.neighbours(spec.patches.set or "")
+        patches = _compose(neighbours, spec, source, subject.device, on_part)
     group = Group(
         key=key,
         spec=spec,
@@ -249,31 +254,27 @@ def prepare(
         )
         group.score[:], group.reason[:] = 0.0, CONVERGED
     return Job(
-        spec, source, target, goal, units, seen_source, seen_target, group, polytope, patch_set
+        *(spec, source, target, goal, units, seen_source, seen_target, group, polytope),
+        patch_set_sha256=neighbours.patches.sha256 if neighbours else None,
     )
 
 
 def _compose(
-    patch_set: PatchSet, spec: CollisionSpec, source: images.Loaded, device: torch.device
+    neighbours: Neighbours,
+    spec: CollisionSpec,
+    source: images.Loaded,
+    device: torch.device,
+    on_part: Callable[[], object],
 ) -> Patches:
     """Over each window of the source its nearest patch, with surroundings."""
+    patch_set, n = neighbours.patches, neighbours.patches.geometry.size
+    windows = Windows.of_job(spec, window=n, image=source.pixels.shape)
     pixels = images.to_8bit(source.pixels).transpose(1, 2, 0)
-    if pixels.shape[2] != 3:
-        raise InvalidSpec("Patches are of colour images, and this network takes grey ones.")
-    settings, n = spec.patches, patch_set.geometry.size
-    geometry = Geometry(pixels.shape[:2], n, settings.stride, settings.surround)
-    parameters = spec.corners * geometry.count * geometry.source_size**2
-    if parameters > MAX_PARAMETERS:
-        raise InvalidSpec(
-            f"{geometry.count} windows with sources of {geometry.source_size} px make "
-            f"{parameters:,} control parameters, over {MAX_PARAMETERS:,}; take fewer corners, "
-            "a larger stride or smaller surroundings."
-        )
-    windows = np.stack([pixels[y : y + n, x : x + n] for y, x in geometry.positions])
-    with Neighbours(patch_set) as neighbours:
-        found, _ = neighbours.nearest(windows, exclude=() if settings.source else [source.sha256])
-    sources = patch_set.read(found[:, 0], settings.surround).transpose(0, 3, 1, 2)
-    return Patches(torch.from_numpy(sources).to(device).float() / 255, geometry)
+    cut = np.stack([pixels[y : y + n, x : x + n] for y, x in windows.positions])
+    own = () if spec.patches.source else (source.sha256,)
+    found, _ = neighbours.nearest(cut, exclude=own, on_part=on_part)
+    sources = patch_set.read(found[:, 0], spec.patches.surround).transpose(0, 3, 1, 2)
+    return Patches(torch.from_numpy(sources).to(device).float() / 255, windows)
 
 
 def _hull(subject: Subject, spec: CollisionSpec, goal: Target, logits: Tensor) -> Hull:

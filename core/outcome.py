@@ -16,6 +16,7 @@ from core import certify, distances, edges, exact, images, interpolate
 from core.engine import REASONS, Group
 from core.job import Job, Subject, chosen_mask, prepare
 from core.objective import l_neg, l_pos, residual, violation
+from core.patches.library import Library
 from core.polytope import Clock, Stopped, collision_error
 from core.program import UnsupportedNetwork, read
 from core.result import (
@@ -136,7 +137,8 @@ def run_alone(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Job, Outcome]:
     """One job alone. When told to stop it keeps, and measures, what it has found."""
-    job = prepare(subject, spec, source, target, key="job")
+    with Library() as library:
+        job = prepare(subject, spec, source, target, "job", library)
     engine = subject.engine(spec)
     engine.admit(job.group)
     while not engine.advance():
@@ -339,7 +341,7 @@ def _provenance(subject: Subject, job: Job) -> Provenance:
         weights_sha256=subject.model.weights_sha256,
         source_sha256=job.source.sha256,
         target_sha256=job.target.sha256,
-        patch_set_sha256=job.patch_set.sha256 if job.patch_set else None,
+        patch_set_sha256=job.patch_set_sha256,
         spec=job.spec,
         seed=job.spec.seed,
         device=torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})",

@@ -11,104 +11,33 @@ gradient, nothing is larger than the K images.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from types import EllipsisType
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from core.errors import InvalidSpec
-
-# Window, stride and surroundings in pixels of an image of 224: those of the paper's text, and those
-# of its authors' code. There surroundings are half a window, so we take that for the text as well.
-GEOMETRIES = {"text": (32, 12, 16), "code": (56, 7, 28)}
+from core.patches.windows import Windows
 
 _Index = tuple[EllipsisType, slice, slice]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Windows of `window` px a side, one every `stride` px of an `image` (H, W), and their sources.
-
-    Sources reach `surround` px further on each side; what of them lies past the image is left out.
-    Where the stride does not end at the border, one more row or column of windows does, so that
-    every pixel is in a window.
-
-    Raises:
-        InvalidSpec: the window does not fit into the image, or windows leave pixels uncovered.
-    """
-
-    image: tuple[int, int]
-    window: int
-    stride: int
-    surround: int
-
-    def __post_init__(self) -> None:
-        height, width = self.image
-        if not 1 <= self.window <= min(self.image):
-            raise InvalidSpec(
-                f"Windows of {self.window} px do not fit into an image of {height} x {width} px; "
-                f"take 1 to {min(self.image)} px."
-            )
-        if not 1 <= self.stride <= self.window:
-            raise InvalidSpec(
-                f"Windows of {self.window} px, one every {self.stride} px, do not cover the image; "
-                f"take a stride of 1 to {self.window} px."
-            )
-        if self.surround < 0:
-            raise InvalidSpec(f"Surroundings of {self.surround} px: give 0 or more.")
-
-    @property
-    def source_size(self) -> int:
-        """m, the pixels a side of a source."""
-        return self.window + 2 * self.surround
-
-    @property
-    def count(self) -> int:
-        """W, how many windows there are."""
-        return len(self.positions)
-
-    @cached_property
-    def positions(self) -> NDArray[np.int64]:
-        """[W, 2]: row and column of each window's first pixel, row by row of windows."""
-        corners = np.meshgrid(*map(self._starts, self.image), indexing="ij")
-        return np.stack(corners, -1).reshape(-1, 2)
-
-    @property
-    def coverage(self) -> NDArray[np.int64]:
-        """[H, W]: how many sources lie over each pixel."""
-        sides = []
-        for size in self.image:
-            first = self._starts(size)[:, None] - self.surround
-            pixels = np.arange(size)
-            sides.append(((first <= pixels) & (pixels < first + self.source_size)).sum(0))
-        return np.outer(*sides)
-
-    def _starts(self, size: int) -> NDArray[np.int64]:
-        """Where windows begin along a side of `size` px."""
-        last = size - self.window
-        return np.unique(np.append(np.arange(0, last, self.stride), last))
 
 
 class Patches:
     """The parameters of a row are control parameters [W, m, m], one per source pixel.
 
-    `sources` [W, C, m, m] in [0, 1], in the order of `geometry.positions`, are shared by all rows.
+    `sources` [W, C, m, m] in [0, 1], in the order of `windows.positions`, are shared by all rows.
     Images stay in the range of the sources, so nothing need be clamped. `places` are, for each
     source, which of its pixels are inside the image and which of the image they lie on; parameters
     of the others are inert, of weight 0 and gradient 0.
     """
 
-    def __init__(self, sources: Tensor, geometry: Geometry) -> None:
-        m = geometry.source_size
-        assert sources.shape == (geometry.count, sources.shape[1], m, m)
-        self.sources, self.geometry = sources, geometry
-        self.places = [_place(first, geometry) for first in geometry.positions.tolist()]
+    def __init__(self, sources: Tensor, windows: Windows) -> None:
+        m = windows.source_size
+        assert sources.shape == (windows.count, sources.shape[1], m, m)
+        self.sources, self.windows = sources, windows
+        self.places = [_place(first, windows) for first in windows.positions.tolist()]
 
     def start(self, corners: int) -> Tensor:
         """Parameters [K, W, m, m] whose images are all equation 5's.
@@ -116,7 +45,7 @@ class Patches:
         They are the logarithms of bilinear weights, which fall from 1 at a source's centre to 0 at
         its border. Pixels are where their centres are, so none of them lies on the border.
         """
-        count, m = self.geometry.count, self.geometry.source_size
+        count, m = self.windows.count, self.windows.source_size
         centres = torch.arange(m, dtype=self.sources.dtype, device=self.sources.device) + 0.5
         side = (torch.minimum(centres, m - centres) * (2 / m)).log()
         return (side[:, None] + side).expand(corners, count, m, m).clone()
@@ -158,7 +87,7 @@ class Patches:
 
     def _sums(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of each pixel: the greatest parameter, the sum of exponentials past it, the image."""
-        k, (height, width) = len(parameters), self.geometry.image
+        k, (height, width) = len(parameters), self.windows.image
         most = parameters.new_full((k, height, width), -torch.inf)
         for piece in self._pieces(parameters):
             here = most[piece.on]
@@ -238,12 +167,12 @@ class _Compose(Function):
         return gradient, None, None
 
 
-def _place(first: list[int], geometry: Geometry) -> tuple[_Index, _Index]:
+def _place(first: list[int], windows: Windows) -> tuple[_Index, _Index]:
     """`inside` and `on` of a piece whose window begins at the pixel `first`."""
     inside, on = [], []
-    for start, size in zip(first, geometry.image, strict=True):
-        begin = start - geometry.surround
-        low, high = max(begin, 0), min(begin + geometry.source_size, size)
+    for start, size in zip(first, windows.image, strict=True):
+        begin = start - windows.surround
+        low, high = max(begin, 0), min(begin + windows.source_size, size)
         inside.append(slice(low - begin, high - begin))
         on.append(slice(low, high))
     return (..., inside[0], inside[1]), (..., on[0], on[1])

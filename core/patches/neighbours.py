@@ -11,7 +11,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +44,7 @@ CANDIDATES = 256  # ranked by their pixels; what is missed with so many, the ind
 SPARE = 16  # candidates of the exact search, whose float32 rounds
 DIMENSIONS, CODES = 64, 32  # of the projection, and bytes that are kept of it
 SAMPLE = 16_384  # patches whose principal components are taken
-QUERIES = 1024  # searched for at a time
+QUERIES = 256  # searched for at a time: seconds, where there are many patches
 LEAST_PROBES, MOST_PROBES = 16, 64
 LEAST_TRAINING = 256 * faiss_process.CODE_SAMPLES  # patches: a byte is one of 256 centroids
 PACKED = 2**20  # codes that go to faiss at a time
@@ -102,14 +102,19 @@ class Neighbours:
         self.index = KINDS[kind](patches)
 
     def nearest(
-        self, queries: Bytes, k: int = 1, exclude: Iterable[str] = ()
+        self,
+        queries: Bytes,
+        k: int = 1,
+        exclude: Iterable[str] = (),
+        on_part: Callable[[], object] = lambda: None,
     ) -> tuple[Ids, NDArray[np.float64]]:
         """Addresses [Q, k, 3] of the patches nearest to `queries` [Q, n, n, 3], and how far.
 
         Distances [Q, k] are those of pixels in [0, 1], exact for the patches given. `exclude` has
         the sha256 of images whose patches do not count; those that the set does not have are no
-        error. Of equals, the one with the smaller address comes first. Raises TooFewPatches,
-        IndexFailed, and ValueError for queries of another shape or type.
+        error. Of equals, the one with the smaller address comes first. `on_part` is called as the
+        search goes on. Raises TooFewPatches, IndexFailed, and ValueError for queries of another
+        shape or type.
         """
         patches, size = self.patches, self.patches.geometry.size
         if queries.dtype != np.uint8 or queries.shape[1:] != (size, size, 3):
@@ -129,6 +134,7 @@ class Neighbours:
             part = flat[start : start + QUERIES]
             for i, found in enumerate(self.index.candidates(part, k, excluded), start):
                 ids[i], squares[i] = self._ranked(flat[i], found[found >= 0], k)
+            on_part()
         return patches.addresses(ids), np.sqrt(squares) / 255
 
     def close(self) -> None:

@@ -10,21 +10,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from core.errors import InvalidSpec
-from core.patches.composite import GEOMETRIES, Geometry, Patches
+from core.patches.composite import Patches
+from core.patches.windows import GEOMETRIES, Windows
 
 GRIDS = {
-    "stride divides": Geometry((12, 15), window=6, stride=3, surround=2),
-    "stride leaves a rest": Geometry((13, 11), window=5, stride=3, surround=2),
-    "odd sources": Geometry((9, 10), window=3, stride=2, surround=1),
-    "one window": Geometry((7, 7), window=7, stride=4, surround=0),
-    "no surroundings": Geometry((11, 8), window=4, stride=4, surround=0),
-    "sources beyond the image": Geometry((5, 6), window=4, stride=1, surround=9),
-    "single pixels": Geometry((3, 4), window=1, stride=1, surround=0),
+    "stride divides": Windows((12, 15), window=6, stride=3, surround=2),
+    "stride leaves a rest": Windows((13, 11), window=5, stride=3, surround=2),
+    "odd sources": Windows((9, 10), window=3, stride=2, surround=1),
+    "one window": Windows((7, 7), window=7, stride=4, surround=0),
+    "no surroundings": Windows((11, 8), window=4, stride=4, surround=0),
+    "sources beyond the image": Windows((5, 6), window=4, stride=1, surround=9),
+    "single pixels": Windows((3, 4), window=1, stride=1, surround=0),
 }
 every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
 
 
-def patches_of(grid: Geometry, dtype: torch.dtype = torch.float64, channels: int = 3) -> Patches:
+def patches_of(grid: Windows, dtype: torch.dtype = torch.float64, channels: int = 3) -> Patches:
     m = grid.source_size
     drawn = torch.rand(grid.count, channels, m, m, generator=seeded(1), dtype=torch.float64)
     return Patches(drawn.to(dtype), grid)
@@ -32,7 +33,7 @@ def patches_of(grid: Geometry, dtype: torch.dtype = torch.float64, channels: int
 
 def drawn_for(patches: Patches, rows: int = 2, scale: float = 2.0) -> Tensor:
     """Parameters [K, W, m, m] that have nothing to do with the start."""
-    shape = (rows, patches.geometry.count, *patches.sources.shape[2:])
+    shape = (rows, patches.windows.count, *patches.sources.shape[2:])
     drawn = torch.randn(shape, generator=seeded(2), dtype=torch.float64) * scale
     return drawn.to(patches.sources)
 
@@ -41,7 +42,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def source_pixel(grid: Geometry, window: int, y: int, x: int) -> tuple[int, int] | None:
+def source_pixel(grid: Windows, window: int, y: int, x: int) -> tuple[int, int] | None:
     """Which pixel of the window's source lies over (y, x) of the image."""
     first_y, first_x = grid.positions[window]
     u, v = int(y - first_y + grid.surround), int(x - first_x + grid.surround)
@@ -49,7 +50,7 @@ def source_pixel(grid: Geometry, window: int, y: int, x: int) -> tuple[int, int]
     return (u, v) if 0 <= u < m and 0 <= v < m else None
 
 
-def direct(grid: Geometry, values: Tensor, empty: float) -> Tensor:
+def direct(grid: Windows, values: Tensor, empty: float) -> Tensor:
     """`values` [..., W, m, m] where they lie over the image, [..., W, H, W], `empty` elsewhere."""
     height, width = grid.image
     spread = torch.full((*values.shape[:-2], height, width), empty, dtype=values.dtype)
@@ -59,7 +60,7 @@ def direct(grid: Geometry, values: Tensor, empty: float) -> Tensor:
     return spread
 
 
-def direct_variation(grid: Geometry, weights: Tensor) -> Tensor:
+def direct_variation(grid: Windows, weights: Tensor) -> Tensor:
     """R(P) [K] of `weights` [K, W, H, W], where both neighbours are of the source."""
     m = grid.source_size
     inside = direct(grid, torch.ones(grid.count, m, m), 0.0) > 0
@@ -88,14 +89,14 @@ def test_coverage_counts_the_sources_over_each_pixel(grid):
 
 
 def test_the_geometries_of_text_and_code_have_as_many_windows_as_the_paper_says():
-    text, code = (Geometry((224, 224), *GEOMETRIES[name]) for name in ("text", "code"))
+    text, code = (Windows((224, 224), *GEOMETRIES[name]) for name in ("text", "code"))
     assert (text.count, text.source_size) == (17 * 17, 64)
     assert (code.count, code.source_size) == (25 * 25, 112)
     assert code.positions[25].tolist() == [7, 0] and code.positions[-1].tolist() == [168, 168]
 
 
 def test_a_stride_that_leaves_a_rest_gets_one_more_row_and_column_at_the_border():
-    squeezenet = Geometry((227, 227), *GEOMETRIES["code"])
+    squeezenet = Windows((227, 227), *GEOMETRIES["code"])
     assert squeezenet.count == 26 * 26
     assert np.unique(squeezenet.positions).tolist() == [*range(0, 169, 7), 171]
 
@@ -113,7 +114,7 @@ def test_a_stride_that_leaves_a_rest_gets_one_more_row_and_column_at_the_border(
 )
 def test_windows_that_cannot_cover_an_image_are_refused(settings, what):
     with pytest.raises(InvalidSpec, match=what):
-        Geometry(*settings)
+        Windows(*settings)
 
 
 @every_grid
@@ -169,7 +170,7 @@ def test_images_variation_and_their_gradients_are_those_of_the_direct_formulatio
 
 
 def test_gradients_are_finite_differences():
-    patches = patches_of(Geometry((5, 6), window=3, stride=2, surround=1))
+    patches = patches_of(Windows((5, 6), window=3, stride=2, surround=1))
     parameters = drawn_for(patches).requires_grad_()
     assert torch.autograd.gradcheck(patches.images_and_variation, parameters)
 
@@ -224,14 +225,14 @@ def test_total_variation_is_the_sum_over_neighbours_in_each_source(grid):
 @pytest.mark.parametrize("name", ["stride leaves a rest", "sources beyond the image"])
 def test_what_lies_past_the_image_is_inert(name):
     patches = patches_of(GRIDS[name])
-    m = patches.geometry.source_size
+    m = patches.windows.source_size
     parameters = drawn_for(patches).requires_grad_()
-    over = direct_mask(patches.geometry).expand_as(parameters)
+    over = direct_mask(patches.windows).expand_as(parameters)
     assert not over.all()
     elsewhere = torch.where(over, parameters.detach(), torch.nan).requires_grad_()
     nowhere = Patches(
         torch.where(over[0].unsqueeze(1).expand(-1, 3, m, m), patches.sources, torch.nan),
-        patches.geometry,
+        patches.windows,
     )
     found, same = patches.images_and_variation(parameters), nowhere.images_and_variation(elsewhere)
     torch.testing.assert_close(found, same, rtol=0, atol=0)
@@ -241,7 +242,7 @@ def test_what_lies_past_the_image_is_inert(name):
         assert (gradient[~over] == 0).all() and gradient.isfinite().all()
 
 
-def direct_mask(grid: Geometry) -> Tensor:
+def direct_mask(grid: Windows) -> Tensor:
     """[W, m, m] bool: the source pixels that lie over the image."""
     over = torch.zeros(grid.count, grid.source_size, grid.source_size, dtype=torch.bool)
     for w, y, x in product(range(grid.count), *map(range, grid.image)):
@@ -259,14 +260,14 @@ def test_large_parameters_give_finite_images_and_gradients(dtype, offset):
     found = patches.images_and_variation(parameters)
     (gradient,) = torch.autograd.grad(found, parameters, [torch.ones_like(v) for v in found])
     assert all(value.isfinite().all() for value in (*found, gradient))
-    weights = direct(patches.geometry, patches.weights(parameters.detach()), 0.0)
+    weights = direct(patches.windows, patches.weights(parameters.detach()), 0.0)
     torch.testing.assert_close(weights.sum(1), torch.ones_like(weights[:, 0]))
 
 
 def test_many_rows_are_the_same_as_each_alone():
     patches = patches_of(GRIDS["stride leaves a rest"], torch.float32)
     parameters = drawn_for(patches, rows=5).requires_grad_()
-    push = torch.rand(5, 3, *patches.geometry.image, generator=seeded(4))
+    push = torch.rand(5, 3, *patches.windows.image, generator=seeded(4))
     images, variation = patches.images_and_variation(parameters)
     (gradient,) = torch.autograd.grad([images, variation.sum()], parameters, [push, None])
     for k in range(5):
@@ -286,7 +287,7 @@ def test_rows_that_are_a_slice_of_others_need_no_copy():
 
 
 def test_nothing_larger_than_the_parameters_is_made():
-    patches = patches_of(Geometry((96, 96), window=6, stride=3, surround=2), torch.float32)
+    patches = patches_of(Windows((96, 96), window=6, stride=3, surround=2), torch.float32)
     parameters = drawn_for(patches).requires_grad_()
     given = {tensor.untyped_storage().data_ptr() for tensor in (parameters, patches.sources)}
     sizes: dict[int, int] = {}

@@ -1,5 +1,6 @@
 """Jobs whose corners are composed of patches, on a small colour network with random weights."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from core.images import Preprocessing
 from core.job import Job, Subject, prepare
 from core.models import Classifier, Model, Normalize
 from core.outcome import run_alone
+from core.patches.composite import Patches
+from core.patches.library import Library
 from core.patches.neighbours import Neighbours
 from core.patches.sets import PatchSet
 from core.spec import CollisionSpec
 
 SIDE = 40
+LIBRARY = Library()
 SETTINGS: dict[str, Any] = {
     "model": "small",
     "layer": "1",
@@ -37,8 +41,10 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def _sets(exact: PatchSet, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _sets(exact: PatchSet, root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("POLYCOLLIDE_PATCHES", str(root))
+    yield
+    LIBRARY.close()
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,7 @@ def photo(subject: Subject, name: str) -> images.Loaded:
 def prepared(model: Model, key: str = "job", **settings: Any) -> tuple[Subject, Job]:
     spec, subject = subject_of(model, **settings)
     pair = photo(subject, "animal_panda"), photo(subject, "fish_fish25")
-    return subject, prepare(subject, spec, *pair, key=key)
+    return subject, prepare(subject, spec, *pair, key=key, library=LIBRARY)
 
 
 def test_corners_begin_as_the_sources_nearest_patches_of_other_images(
@@ -111,7 +117,7 @@ def test_the_sources_own_patches_give_the_source_where_they_may_be_taken(
     source = images.Loaded(
         (exact.pixels[0, :SIDE, :SIDE].transpose(2, 0, 1) / 255).astype(np.float32), (), "of none"
     )
-    job = prepare(subject, spec, source, photo(subject, "fish_fish25"), key="job")
+    job = prepare(subject, spec, source, photo(subject, "fish_fish25"), key="job", library=LIBRARY)
     np.testing.assert_allclose(job.group.corners[0].numpy(), source.pixels, atol=1e-6)
 
 
@@ -121,16 +127,16 @@ def test_a_step_is_that_of_a_loss_written_out_in_float64(small: Model) -> None:
     group = job.group
     assert group.patches
     # All windows at full size: [W, H, W'] is small here, and autograd does the rest.
-    geometry = group.patches.geometry
+    windows = group.patches.windows
     sources = group.patches.sources.double()
     layer = small.classifier.network[1]
     weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
     parameters = group.patches.start(3).double()
-    side = geometry.source_size
+    side = windows.source_size
     for _ in range(10):
         leaf = parameters.clone().requires_grad_()
         wide, of = [], []
-        for window, (y, x) in enumerate(geometry.positions - geometry.surround):
+        for window, (y, x) in enumerate(windows.positions - windows.surround):
             pad = (x, SIDE - x - side, y, SIDE - y - side)  # negative ones cut off
             wide.append(functional.pad(leaf[:, window], pad, value=-torch.inf))
             of.append(functional.pad(sources[window], pad))
@@ -193,7 +199,7 @@ def test_company_and_a_break_leave_a_job_of_patches_as_it_is(small: Model, objec
 def test_a_job_comes_nearer_to_its_target_and_tells_its_set(small: Model, exact: PatchSet) -> None:
     spec, subject = subject_of(small, max_steps=100, objective="hull")
     pair = photo(subject, "animal_panda"), photo(subject, "fish_fish25")
-    start = prepare(subject, spec, *pair, key="start").group.corners
+    start = prepare(subject, spec, *pair, key="start", library=LIBRARY).group.corners
     before = (subject.tap(start)[0] - subject.tap(torch.from_numpy(pair[1].pixels)[None])[0]).norm()
     job, outcome = run_alone(subject, spec, *pair)
     after = [corner.l_pos**0.5 for corner in outcome.result.corners]
@@ -201,20 +207,20 @@ def test_a_job_comes_nearer_to_its_target_and_tells_its_set(small: Model, exact:
     assert outcome.result.provenance.patch_set_sha256 == exact.sha256
     assert outcome.corners.min() >= 0
     assert outcome.corners.max() <= 1
-    assert job.patch_set == exact
+    assert job.patch_set_sha256 == exact.sha256
 
 
 def test_what_patches_need_is_said(small: Model) -> None:
     spec, subject = subject_of(small, patches={"set": "exakt"})
     pair = photo(subject, "animal_panda"), photo(subject, "fish_fish25")
     with pytest.raises(UnknownName, match="did you mean 'exact'"):
-        prepare(subject, spec, *pair, key="job")
+        prepare(subject, spec, *pair, key="job", library=LIBRARY)
     spec, subject = subject_of(small, patches={"set": "exact", "stride": 17})
     with pytest.raises(InvalidSpec, match="stride of 1 to 16"):
-        prepare(subject, spec, *pair, key="job")
+        prepare(subject, spec, *pair, key="job", library=LIBRARY)
     spec, subject = subject_of(small, patches={"set": "exact", "stride": 1, "surround": 1024})
     with pytest.raises(InvalidSpec, match="smaller surroundings"):
-        prepare(subject, spec, *pair, key="job")
+        prepare(subject, spec, *pair, key="job", library=LIBRARY)
     grey = CollisionSpec.model_validate(SETTINGS | {"model": "mnist-mlp", "layer": "fc1"})
     digits = Subject.of(models.load("mnist-mlp"), grey)
     two = (
@@ -222,4 +228,28 @@ def test_what_patches_need_is_said(small: Model) -> None:
         for name in ("3-0", "7-0")
     )
     with pytest.raises(InvalidSpec, match="grey"):
-        prepare(digits, grey, *two, key="job")
+        prepare(digits, grey, *two, key="job", library=LIBRARY)
+
+
+def test_patches_of_others_may_collide_with_the_source_itself(small: Model) -> None:
+    spec, subject = subject_of(small, max_steps=100)
+    panda = photo(subject, "animal_panda")
+    job, outcome = run_alone(subject, spec, panda, panda)
+    assert outcome.result.source.label == outcome.result.target.label
+    start = Patches.images(job.group.patches, job.group.patches.start(1))
+    goal = job.goal.pre
+    before = float((subject.tap(start)[0] - goal).clamp(min=0).norm())
+    assert all(corner.l_pos**0.5 < 0.5 * before for corner in outcome.result.corners)
+    pixels = CollisionSpec.model_validate(
+        {k: v for k, v in SETTINGS.items() if k not in ("parametrization", "patches")}
+    )
+    with pytest.raises(InvalidSpec, match="same image"):
+        prepare(subject, pixels, panda, panda, key="job")
+
+
+def test_the_search_for_patches_tells_that_it_goes_on(small: Model) -> None:
+    spec, subject = subject_of(small)
+    told: list[None] = []
+    pair = photo(subject, "animal_panda"), photo(subject, "fish_fish25")
+    prepare(subject, spec, *pair, key="job", library=LIBRARY, on_part=lambda: told.append(None))
+    assert told

@@ -1,0 +1,75 @@
+"""Patch sets that stay open, and what becomes of them when their folder changes."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.errors import UnknownName
+from core.patches import library as shelves
+from core.patches import neighbours, sets
+from core.patches.library import Library
+from core.patches.sets import PatchSet
+
+from .conftest import SMALL
+
+
+@pytest.fixture
+def own(exact: PatchSet, indexed: PatchSet, tmp_path: Path) -> Path:
+    """A root with copies that a test may change."""
+    for patches in (exact, indexed):
+        shutil.copytree(patches.folder, tmp_path / patches.name)
+    return tmp_path
+
+
+@pytest.fixture
+def library(own: Path) -> Iterator[Library]:
+    with Library(own) as opened:
+        yield opened
+
+
+def test_a_set_is_opened_once(library: Library) -> None:
+    assert library.neighbours("indexed") is library.neighbours("indexed")
+    assert library.open("exact") is library.open("exact")
+    assert [patches.name for patches in library.sets()] == ["exact", "indexed"]
+
+
+def test_a_deleted_set_is_closed_and_unknown(library: Library, own: Path) -> None:
+    process = library.neighbours("indexed").index.faiss.process
+    sets.delete("indexed", own)
+    assert [patches.name for patches in library.sets()] == ["exact"]
+    with pytest.raises(UnknownName, match="exact"):
+        library.neighbours("indexed")
+    assert process.poll() is not None
+
+
+def test_a_set_that_was_built_again_is_opened_anew(
+    library: Library, own: Path, photos: Path
+) -> None:
+    before = library.neighbours("exact").patches
+    sets.delete("exact", own)
+    (photos_of_two := own.parent / f"{own.name}-two").mkdir()
+    for file in sorted(photos.glob("*.jpg"))[:2]:
+        shutil.copy(file, photos_of_two)
+    sets.build(photos_of_two, "exact", SMALL, neighbours.indexer(), root=own)
+    after = library.neighbours("exact").patches
+    assert (len(before.manifest.images), len(after.manifest.images)) == (6, 2)
+
+
+def test_an_unfinished_set_is_not_among_those_that_can_be_used(library: Library, own: Path) -> None:
+    (own / "exact" / sets.MANIFEST).unlink()
+    assert [patches.name for patches in library.sets()] == ["indexed"]
+
+
+def test_few_indices_are_loaded_at_a_time(
+    library: Library, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shelves, "MAX_INDICES", 1)
+    first = library.neighbours("indexed")
+    library.neighbours("exact")
+    assert first.index.faiss.process.poll() is not None
+    query = np.zeros((1, 16, 16, 3), np.uint8)
+    again, _ = library.neighbours("indexed").nearest(query)
+    assert again.shape == (1, 1, 3)
