@@ -131,7 +131,7 @@ class Intake:
     async def _draft(self, index: int, item: BatchItem) -> _Draft:
         source = await self._image("source", item.source)
         target = await self._image("target", item.target)
-        if source.sha256 == target.sha256:
+        if source.sha256 == target.sha256 and item.spec.patch_set is None:
             raise SameImage
         return _Draft(
             index=index,

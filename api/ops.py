@@ -1,10 +1,11 @@
-"""What operators and clients ask about the service itself: its models, its health, its numbers.
+"""What people ask about the service itself: its models, patch sets, health and numbers.
 
 `router` belongs under `/v1`; `root` holds the paths that stand outside of it and need no key.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import asdict
 from functools import cache
 from http import HTTPStatus
 from importlib.resources import files
@@ -70,6 +71,29 @@ class ModelDetails(ModelSummary):
     layers: list[Layer] | None = Field(description="Null until a worker has loaded the network.")
 
 
+class PatchSet(_Out):
+    """A set of natural image patches that running workers have, for `parametrization: patches`."""
+
+    name: str
+    sha256: str = Field(description="Of its geometry and images; results name it.")
+    images: int
+    patches: int
+    size: int = Field(description="Pixels of a patch's side, and so of a job's windows.")
+    stride: int
+    resize: int = Field(description="Pixels of an image's side.")
+    index: str = Field(description="How it is searched.")
+    workers: int = Field(description="How many running workers have it.")
+    differs: bool = Field(
+        description="Whether other workers have another set under this name: shown is the one "
+        "that was reported last, and a result names the one that it was made of."
+    )
+    url: str
+
+
+class PatchSets(_Out):
+    patch_sets: list[PatchSet]
+
+
 class Alive(_Out):
     status: Literal["ok"] = "ok"
 
@@ -94,6 +118,12 @@ class UnknownModel(NotFound):
     code, title = "unknown_model", "No such model"
 
 
+class UnknownPatchSet(NotFound):
+    """No running worker has a patch set of this name."""
+
+    code, title = "unknown_patch_set", "No such patch set"
+
+
 @router.get("/models")
 async def list_models(_: KeyId, connection: Reading) -> Models:
     """The networks that running workers serve."""
@@ -112,6 +142,27 @@ async def get_model(
         raise UnknownModel(str(error)) from None
     layers = None if model.layers is None else [_layer(layer) for layer in model.layers]
     return ModelDetails(**_summary(model), class_names=model.classes, layers=layers)
+
+
+@router.get("/patch-sets")
+async def list_patch_sets(_: KeyId, connection: Reading) -> PatchSets:
+    """The patch sets that running workers have."""
+    return PatchSets(patch_sets=[_shown(each) for each in await overview.patch_sets(connection)])
+
+
+@router.get("/patch-sets/{name}", responses=responses(UnknownPatchSet))
+async def get_patch_set(
+    name: Annotated[str, Path(max_length=200, pattern=PRINTABLE)], _: KeyId, connection: Reading
+) -> PatchSet:
+    """A patch set by its name."""
+    try:
+        return _shown(await overview.patch_set(connection, name))
+    except UnknownName as error:
+        raise UnknownPatchSet(str(error)) from None
+
+
+def _shown(found: overview.PatchSet) -> PatchSet:
+    return PatchSet(**asdict(found), url=f"/v1/patch-sets/{quote(found.name)}")
 
 
 def _summary(model: overview.Model) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 `pairs`: the first 12 of a seeded shuffle of the ordered pairs of nine photographs, with settings
 chosen on the next four. `frontier`: the pair behind those by each objective, wider and wider.
+`patches`: the first six by patches of the other photographs, two of them at the geometry of the
+paper's text and four at a stride of 14, beside corners by pixels of the same pairs and spread.
 
 Spreads are fractions of 42 778, the mean distance between random photographs on the 0-255 scale.
 The published weights were compressed: two thirds of them are zero. They, and the photographs, are
@@ -10,6 +12,7 @@ read from a folder that no user has (POLYCOLLIDE_DATA).
 
 import argparse
 import json
+import os
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -21,10 +24,12 @@ from rich.table import Table
 from subjects import DATA, Net, squeezenet
 from timing import console, table, verdict
 
-from core import images
+from core import artifacts, images
 from core.outcome import run_alone
+from core.patches import neighbours, sets
+from core.patches.sets import Geometry
 from core.result import Result
-from core.spec import CollisionSpec
+from core.spec import PRESETS, CollisionSpec
 
 NINE = (
     *("animal_panda", "animal_koala", "animal_scarlet_macaw", "fish_fish28", "animal_polar_bear"),
@@ -48,6 +53,16 @@ SETTINGS: dict[str, Any] = {
     "figures": False,
 }
 HULL: dict[str, Any] = {"diversity": 6.0, "margin": 0.35, "source": 6.0}
+QUICK: dict[str, Any] = {"interpolation": {"samples": 500}, "worst_starts": 16}  # to measure
+# By patches: the strides of the first pairs; the preset was chosen on a pair behind the 12.
+STRIDES = 12, 12, 14, 14, 14, 14
+PATCHES: dict[str, Any] = {
+    name: SETTINGS[name] for name in ("model", "layer", "precision", "ball_samples")
+} | {"preset": "patches", "worst_starts": 16, "snapshots": 4}
+AS_NEAR = {
+    name: PRESETS["patches"][name] for name in ("l_pos_threshold", "violation_threshold", "beta")
+}
+GOAL = PRESETS["patches"]["hull"]["goal"]
 
 
 def shuffled() -> list[tuple[str, str]]:
@@ -56,18 +71,26 @@ def shuffled() -> list[tuple[str, str]]:
     return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
 
 
-def collide(net: Net, pair: tuple[str, str], kept: Path, **settings: Any) -> Result:
-    """The result for two photographs: the one in `kept`, if it is there already."""
+def collide(net: Net, pair: tuple[str, str], kept: Path, settings: dict[str, Any]) -> Result:
+    """The result for two photographs: the one in `kept`, if it is there already.
+
+    Pictures, if the settings ask for them, go to a folder of the same name.
+    """
     if kept.is_file():
         return Result.model_validate_json(kept.read_text())
-    spec = CollisionSpec.model_validate(SETTINGS | settings)
+    spec = CollisionSpec.model_validate(settings)
     subject = replace(net.subject(spec), natural=NATURAL)
     loaded = []
     for name in pair:
         photo = DATA / "photos" / f"{name}.jpg"
         loaded.append(images.load(photo.name, photo.read_bytes(), net.model.preprocessing))
-    result = run_alone(subject, spec, *loaded)[1].result
+    done, outcome = run_alone(subject, spec, *loaded)
+    result, folder = outcome.result, kept.with_suffix("")
     kept.parent.mkdir(parents=True, exist_ok=True)
+    if spec.figures:
+        folder.mkdir(exist_ok=True)
+        for name, png in artifacts.pictures(done, outcome)().items():
+            (folder / name).write_bytes(png)
     kept.write_text(result.model_dump_json(indent=2))
     return result
 
@@ -103,7 +126,7 @@ def pairs(options: argparse.Namespace) -> None:
     made = table(f"{net.title}: hulls with a goal of {options.goal:g}", "", *COLUMNS)
     for pair in track(shuffled()[: options.pairs], "Pairs", console=console):
         file = options.out / f"{'-'.join(pair)}-{options.goal:g}.json"
-        results.append(collide(net, pair, file, hull=HULL | {"goal": options.goal}))
+        results.append(collide(net, pair, file, SETTINGS | {"hull": HULL | {"goal": options.goal}}))
         add(made, " to ".join(name.split("_", 1)[1] for name in pair), results[-1])
     console.print(made)
     _judge(results)
@@ -131,8 +154,7 @@ def _judge(results: list[Result]) -> None:
 
 def objectives() -> dict[str, dict[str, Any]]:
     """Settings by name, from narrow to wide, measured in a quarter of the time."""
-    less = {"interpolation": {"samples": 500}, "worst_starts": 16}
-    unit = less | {"objective": "corners", "hull": {}}
+    unit = QUICK | {"objective": "corners", "hull": {}}
     # A unit's own weight is all that spreads corners without a hull.
     tried: dict[str, dict[str, Any]] = {
         f"{name}, beta {beta:g}": unit | {"negative": negative, "beta": {"relative": beta}}
@@ -142,7 +164,7 @@ def objectives() -> dict[str, dict[str, Any]]:
     for sampling in ("uniform", "worst"):
         for goal in (0.3, 0.6, 0.9):
             hull = HULL | {"goal": goal, "sampling": sampling}
-            tried[f"hull, {sampling}, goal {goal:g}"] = less | {"hull": hull}
+            tried[f"hull, {sampling}, goal {goal:g}"] = QUICK | {"hull": hull}
     return tried
 
 
@@ -152,11 +174,83 @@ def frontier(options: argparse.Namespace) -> None:
     made = table(f"{net.title}: {' to '.join(pair)}", "", *COLUMNS)
     for name, settings in track(objectives().items(), "Objectives", console=console):
         file = options.out / f"{name.replace(', ', '-').replace(' ', '-')}.json"
-        add(made, name, collide(net, pair, file, **settings))
+        add(made, name, collide(net, pair, file, SETTINGS | settings))
     console.print(made)
 
 
-PARTS = {"pairs": pairs, "frontier": frontier}
+def patches(options: argparse.Namespace) -> None:
+    """Corners by patches beside those by pixels: the low-pass share of how they differ."""
+    os.environ["POLYCOLLIDE_PATCHES"] = str(options.out / "sets")
+    sets.build(DATA / "photos", "photos", Geometry(), neighbours.indexer())
+    net, made = squeezenet(), table("", "", *LOOKS)
+    found: list[tuple[Result, Result]] = []
+    chosen = list(zip(shuffled(), STRIDES, strict=False))[: options.pairs]
+    for pair, stride in track(chosen, "Pairs", console=console):
+        name = " to ".join(name.split("_", 1)[1] for name in pair)
+        versions: dict[str, dict[str, Any]] = {
+            "patches": PATCHES | {"patches": {"set": "photos", "stride": stride}},
+            "pixels": SETTINGS | AS_NEAR | QUICK | {"hull": HULL | {"goal": GOAL}},
+        }
+        both = []
+        for what, settings in versions.items():
+            file = options.out / f"{'-'.join(pair)}-{what}.json"
+            both.append(collide(net, pair, file, settings))
+            _add_looks(made, f"{name}, {what}", both[-1], str(stride) if what == "patches" else "")
+        found.append((both[0], both[1]))
+    console.print(made)
+    _judge_patches(found)
+
+
+LOOKS = (
+    *("stride", "steps", "spread", "residual", "between", "% in class", "8 bits", "least P"),
+    *("worst margin", "low-pass share", "SSIM", "to source / to target", "seconds"),
+)
+
+
+def _add_looks(made: Table, name: str, result: Result, stride: str) -> None:
+    inside, worst, polytope = result.interpolation, result.worst, result.polytope
+    assert inside
+    assert worst
+    made.add_row(
+        *(name, stride, f"{result.steps}", f"{polytope.spread:.3f}"),
+        f"{max(corner.relative_residual for corner in result.corners):.3f}",
+        f"{inside.relative_residual:.3f}",
+        f"{100 * inside.accuracy:.2f}",
+        f"{100 * inside.accuracy_8bit:.2f}",
+        f"{inside.min_probability:.3f}",
+        f"{worst.margin:.2f}",
+        f"{polytope.mean_low_pass_share:.3f}",
+        f"{polytope.mean_ssim:.3f}",
+        f"{max(corner.distance_ratio for corner in result.corners):.2f}",
+        f"{result.seconds:.0f} + {result.measuring_seconds:.0f}",
+    )
+
+
+def _judge_patches(found: list[tuple[Result, Result]]) -> None:
+    made = table(f"All {len(found)}", "", "found", "target", "")
+
+    def line(name: str, values: list[float], goal: tuple[str, float]) -> None:
+        worst = max(values) if goal[0] == "<=" else min(values)
+        made.add_row(name, f"{worst:.3g}", *verdict(worst, goal))
+
+    of_patches = [own for own, _ in found]
+    residuals = [c.relative_residual for r in of_patches for c in r.corners]
+    inside = [r.interpolation for r in of_patches if r.interpolation]
+    line("steps", [r.steps for r in of_patches], ("<=", 1000))
+    line("relative residual of a corner", residuals, ("<=", 0.25))
+    line("relative residual between", [i.relative_residual for i in inside], ("<=", 0.25))
+    line("samples in class", [i.accuracy for i in inside], (">=", 1.0))
+    line("samples in class, in 8 bits", [i.accuracy_8bit for i in inside], (">=", 1.0))
+    line("spread", [r.polytope.spread for r in of_patches], (">=", 0.1))
+    shares = [
+        (own.polytope.mean_low_pass_share or 0) / (pixels.polytope.mean_low_pass_share or np.inf)
+        for own, pixels in found
+    ]
+    line("low-pass share, patches / pixels", shares, (">=", 3.0))
+    console.print(made)
+
+
+PARTS = {"pairs": pairs, "frontier": frontier, "patches": patches}
 
 
 def main() -> None:

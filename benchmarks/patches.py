@@ -63,13 +63,13 @@ def stride_for(count: int, photos: int) -> int:
 
 
 def build(
-    folder: Path, name: str, stride: int, exact_up_to: int
+    folder: Path, name: str, stride: int, exact_up_to: int, backend: str = "faiss"
 ) -> tuple[PatchSet, dict[str, float]]:
     """A set of the photographs, and the seconds that each part of building took."""
     began: dict[str, float] = {}
     patches = sets.build(
         *(folder / "seen", name, Geometry(stride=stride)),
-        neighbours.indexer(exact_up_to=exact_up_to),
+        neighbours.indexer(backend, exact_up_to=exact_up_to),
         root=folder / "sets",
         report=lambda what, done, total: began.setdefault(what, time.perf_counter()) and None,
     )

@@ -1,10 +1,7 @@
 """How many rows at once are worth it on this machine, for a network opened at a layer."""
 
-import resource
-import sys
 import time
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -20,41 +17,41 @@ TURNS, TURNS_SECONDS = 3, 0.02  # the best of so many at least, and for so long
 STEP_SECONDS, SECONDS = 1.0, 3.0  # the longest step, and the whole trial
 
 
-def rows_worth(subject: Subject, spec: CollisionSpec, *, memory_fraction: float = 0.4) -> int:
+def rows_worth(subject: Subject, spec: CollisionSpec, budget: float) -> int:
     """Rows beyond which an engine for `spec` gets no faster, or takes too much time or memory.
 
     Tries 8, 16, 32, ... rows for about three seconds, and leaves out those that make a step longer
-    than a second or take more than `memory_fraction` of the memory that is free now.
+    than a second or, as rows of pixels, take more than `budget` bytes.
     """
     references = reference_images(subject.model).to(subject.device)
-    budget = memory_fraction * _free(subject.device)
+    taken = subject.footprint.steps(spec) / spec.rows
     until = time.perf_counter() + SECONDS
     worth, best, wasted, rows = 1, 0.0, 0, FIRST
-    while rows <= MOST and wasted < PATIENCE:
+    while rows <= MOST and wasted < PATIENCE and rows * taken <= budget:
         images = references[torch.arange(rows) % len(references)]
         try:
             with matmul_precision(tf32=spec.precision == "tf32"):
-                seconds, taken = _trial(subject, images, until)
+                seconds = _trial(subject, images, until)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 break
             raise
-        if taken > budget or seconds > STEP_SECONDS:
+        if seconds > STEP_SECONDS:
             break
         if rows / seconds > GAIN * best:
             worth, best, wasted = rows, rows / seconds, 0
         else:
             wasted += 1
-        # Twice the rows may take twice as much and twice as long, even once.
-        if 2 * taken > budget or time.perf_counter() + 2 * seconds > until:
+        # Twice the rows may take twice as long, even once.
+        if time.perf_counter() + 2 * seconds > until:
             break
         rows *= 2
     return worth
 
 
-def _trial(subject: Subject, images: Tensor, until: float) -> tuple[float, int]:
-    """The fewest seconds that a step with `images` takes, and the bytes it needs."""
-    before, seconds = _in_use(subject.device), list[float]()
+def _trial(subject: Subject, images: Tensor, until: float) -> float:
+    """The fewest seconds that a step with `images` takes."""
+    seconds = list[float]()
     first = time.perf_counter()
     while len(seconds) < TURNS or time.perf_counter() < first + TURNS_SECONDS:
         began = time.perf_counter()
@@ -66,29 +63,4 @@ def _trial(subject: Subject, images: Tensor, until: float) -> tuple[float, int]:
         seconds.append(time.perf_counter() - began)
         if time.perf_counter() + seconds[-1] > until:
             break
-    return min(seconds), _peak(subject.device) - before
-
-
-def _free(device: torch.device) -> int:
-    """Bytes that may still be taken, those included that torch holds in store."""
-    if device.type == "cuda":
-        stored = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + stored
-    available: int = psutil.virtual_memory().available
-    return available
-
-
-def _in_use(device: torch.device) -> int:
-    """Bytes in use now, above which `_peak` rises."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    return _peak(device)  # so that only what raises it further counts
-
-
-def _peak(device: torch.device) -> int:
-    """The most bytes in use so far; on a CPU in the life of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return min(seconds)

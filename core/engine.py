@@ -78,7 +78,8 @@ class Group:
     steps led to them, and `reason` [K], an index into REASONS, why a row ended. Best is least in
     `score` [K], the larger of L_pos and violation over their thresholds: below 1 a row has
     converged. `latest` [K, 2] is L_pos and violation at the last check, NaN once retired; `curves`
-    notes them and `snapshots` the images along the way. Rows are pixels, but with `patches`.
+    notes them and `snapshots` the images along the way. Rows are pixels, but with `patches`, where
+    `gamma` weighs R(P).
 
     Rows of a group with a `hull` share one score and end together: while the worst of them, or of
     the points between them, is above a threshold that is its score, then what the spread lacks.
@@ -92,6 +93,7 @@ class Group:
     violation_threshold: float = math.inf
     hull: Hull | None = None
     patches: Patches | None = None
+    gamma: float = 0.0
 
     age: int = 0
     seconds: float = 0.0
@@ -396,7 +398,7 @@ class Engine:
         parts = [(g.parametrization, parameters[where]) for g, where in self._places()]
         if len(parameters) > len(self._owner):  # fillers, which are rows of the first group
             parts.append((parts[0][0], parameters[len(self._owner) :]))
-        if not any(group.spec.gamma for group in self._groups):
+        if not any(group.gamma for group in self._groups):
             return torch.cat([makes.images(own) for makes, own in parts]), None
         both = [makes.images_and_variation(own) for makes, own in parts]
         images, variation = (torch.cat(column) for column in zip(*both, strict=True))
@@ -550,7 +552,7 @@ class Engine:
             outputs.append(seen.variation)
             aways.append(torch.zeros_like(seen.variation))
             for group, where in self._places():
-                aways[1][where] = group.spec.gamma
+                aways[1][where] = group.gamma
         (gradient,) = torch.autograd.grad(outputs, seen.leaf, aways)
         return gradient
 

@@ -8,7 +8,7 @@ import io
 import textwrap
 from collections import Counter
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -37,6 +37,7 @@ CURVES_SIZE = 1400, 500
 HULL_SIZE = 900, 780
 CORNERS_SHOWN, CORNER_COLUMNS = 32, 6
 SNAPSHOT_ROWS, SNAPSHOT_COLUMNS = 8, 7
+STRIPS, STRIP_IMAGES = 8, 10
 LEAST_SIDE = 64  # of an image in which regions are looked for
 LETTERS = 24  # in a line of a corner's cell, at 8 cells across
 COLOURS = matplotlib.color_sequences["petroff10"]
@@ -56,6 +57,22 @@ class _Cell:
     above: tuple[str, ...] = ()
     below: tuple[str, ...] = ()
     colour: str = RULE_COLOUR
+    boxes: Sequence[Region] = ()
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A row of `draw_strips`: `images` [N, C, H, W] between the source and target of a `result`.
+
+    `above` are N headings, `below` the lines under each. `boxes` are regions of every image.
+    """
+
+    source: Pixels
+    target: Pixels
+    result: Result
+    images: Pixels
+    above: Sequence[str]
+    below: Sequence[tuple[str, ...]]
     boxes: Sequence[Region] = ()
 
 
@@ -133,10 +150,12 @@ def draw_result(source: Pixels, target: Pixels, corners: Pixels, result: Result)
     )
     apart = f"{np.linalg.norm(source - target):.2f}"
     return _sheet(
-        _Cell(source, first, below=(f"ΔT {apart}",), colour=SOURCE_COLOUR),
         [shown[i : i + columns] for i in range(0, len(shown), columns)],
-        _Cell(target, last, below=(f"ΔS {apart}",), colour=TARGET_COLOUR),
         [*_findings(result), _shown(shown, corners)],
+        ends=(
+            _Cell(source, first, below=(f"ΔT {apart}",), colour=SOURCE_COLOUR),
+            _Cell(target, last, below=(f"ΔS {apart}",), colour=TARGET_COLOUR),
+        ),
     )
 
 
@@ -154,10 +173,12 @@ def draw_snapshots(source: Pixels, target: Pixels, course: Course, corners: Pixe
         for k, corner in enumerate(corners[:SNAPSHOT_ROWS])
     ]
     return _sheet(
-        _Cell(source, ("source",), colour=SOURCE_COLOUR),
         rows,
-        _Cell(target, ("target",), colour=TARGET_COLOUR),
         [_shown(rows, corners)],
+        ends=(
+            _Cell(source, ("source",), colour=SOURCE_COLOUR),
+            _Cell(target, ("target",), colour=TARGET_COLOUR),
+        ),
         names=[f"corner {k}" for k in range(len(rows))],
     )
 
@@ -175,17 +196,95 @@ def draw_regions(
     shares = ", ".join(_percent(region.share) for region in regions)
     of_pixels = _percent(regions[0].height * regions[0].width / corners[0, 0].size)
     return _sheet(
-        _Cell(source, ("source",), colour=SOURCE_COLOUR, boxes=regions),
         rows,
-        _Cell(target, ("target",), colour=TARGET_COLOUR, boxes=regions),
         [
             f"Boxes: where the {len(corners)} corners differ most after a Gaussian of {SIGMA:g} "
             f"pixels, enlarged below. They hold {shares} of what variance it leaves between "
             f"corners, each on {of_pixels} of the pixels.",
             _shown(shown, corners),
         ],
+        ends=(
+            _Cell(source, ("source",), colour=SOURCE_COLOUR, boxes=regions),
+            _Cell(target, ("target",), colour=TARGET_COLOUR, boxes=regions),
+        ),
         names=["corners", *(f"region {i}" for i in range(len(regions)))],
     )
+
+
+def draw_strips(strips: Sequence[Strip], caption: Sequence[str]) -> bytes:
+    """Several results in one picture, each with its source and its target in one row."""
+    most = max(len(strip.images) for strip in strips)
+    letters = min(LETTERS, 8 * LETTERS // (min(most, STRIP_IMAGES) + 2))
+    grid: list[list[_Cell]] = []
+    for i, strip in enumerate(strips[:STRIPS]):
+        ends = [
+            _Cell(
+                image,
+                (name,),
+                _cut(seen.class_, _percent(seen.probability), letters=letters),
+                colour,
+                strip.boxes,
+            )
+            for name, image, seen, colour in (
+                ("source", strip.source, strip.result.source, SOURCE_COLOUR),
+                ("target", strip.target, strip.result.target, TARGET_COLOUR),
+            )
+        ]
+        named = list(zip(strip.images, strip.above, strip.below, strict=True))[:STRIP_IMAGES]
+        cells = [
+            _Cell(image, (name,), _cut(*lines, letters=letters), boxes=strip.boxes)
+            for image, name, lines in named
+        ]
+        row = [ends[0], *cells, ends[1]]
+        repeated = i and strip.above == strips[i - 1].above
+        grid.append([replace(cell, above=()) for cell in row] if repeated else row)
+    cut = []
+    if len(strips) > STRIPS:
+        cut.append(f"{STRIPS} of {len(strips)} rows")
+    if most > STRIP_IMAGES:
+        cut.append(f"{STRIP_IMAGES} of {most} images in a row")
+    return _sheet(grid, [*caption, f"Shown: {', '.join(cut)}." if cut else ""])
+
+
+def corner_strip(
+    source: Pixels,
+    target: Pixels,
+    corners: Pixels,
+    result: Result,
+    boxes: Sequence[Region] = (),
+) -> Strip:
+    """`corners` [K, C, H, W], what each is taken for, and the probability of the target's class."""
+    names = [f"corner {c.index}" + ("" if c.converged else "*") for c in result.corners]
+    below = [(c.class_, f"target {_percent(c.probability)}") for c in result.corners]
+    return Strip(source, target, result, corners, names, below, boxes)
+
+
+def mixture_strip(
+    source: Pixels, target: Pixels, mixtures: Pixels, probability: Numbers, result: Result
+) -> Strip:
+    """Points of the polytope [N, C, H, W], and of each the `probability` [N] of the target."""
+    names = [f"mixture {i}" for i in range(len(mixtures))]
+    below = [(f"target {_percent(share)}",) for share in probability]
+    return Strip(source, target, result, mixtures, names, below)
+
+
+def snapshot_strips(
+    source: Pixels,
+    target: Pixels,
+    snapshots: Pixels,
+    steps: Sequence[int],
+    corners: Pixels,
+    result: Result,
+) -> list[Strip]:
+    """Appendix C, a row a corner: `snapshots` [M, K, C, H, W] at `steps`, and `corners`."""
+    spaced = np.linspace(0, len(steps) - 1, min(len(steps), SNAPSHOT_COLUMNS)).round().astype(int)
+    names = [*(f"step {steps[i]:,}" for i in spaced), "final"]
+    strips = []
+    for corner, image in zip(result.corners, corners, strict=True):
+        images = np.stack([*snapshots[spaced, corner.index], image])
+        below = [*[()] * len(spaced), (f"corner {corner.index}", f"step {corner.steps:,}")]
+        strips.append(Strip(source, target, result, images, names, below))
+    return strips
 
 
 def draw_curves(course: Course, result: Result) -> bytes:
@@ -345,35 +444,44 @@ def _percent(share: float) -> str:
     return ">99.9 %" if 0.9995 <= share < 1 else f"{100 * share:.1f} %"
 
 
-def _cut(*lines: str) -> tuple[str, ...]:
+def _cut(*lines: str, letters: int = LETTERS) -> tuple[str, ...]:
     """`lines`, each cut to the width of a corner's cell."""
-    return tuple(line if len(line) <= LETTERS else line[: LETTERS - 1] + "…" for line in lines)
+    return tuple(line if len(line) <= letters else line[: letters - 1] + "…" for line in lines)
 
 
 def _sheet(
-    source: _Cell,
     grid: list[list[_Cell]],
-    target: _Cell,
     caption: list[str],
+    *,
+    ends: tuple[_Cell, _Cell] | None = None,
     names: Sequence[str] = (),
 ) -> bytes:
-    """`grid`, its rows called `names`, between `source` and `target`, at half its height."""
-    across = len(grid[0]) + 2
+    """`grid`, its rows called `names`; between `ends`, source and target, at half its height.
+
+    Without them each row has its own, the last of which stand one below the other.
+    """
+    before = 1 if ends else 0
+    across = max(map(len, grid)) + 2 * before
     pitch = min(MAX_PITCH, (MAX_WIDTH - 2 * (MARGIN + APART)) // across, MAX_HEIGHT // len(grid))
     page_width = max(MIN_WIDTH, across * pitch + 2 * (MARGIN + APART))
-    scale = (pitch - GAP) / max(source.image.shape[1:])
+    shape = grid[0][0].image.shape[1:]
+    scale = (pitch - GAP) / max(shape)
     scale = scale if scale < 1 else int(scale)  # so that pixels stay squares of one size
-    height, width = (max(1, round(side * scale)) for side in source.image.shape[1:])
+    height, width = (max(1, round(side * scale)) for side in shape)
     left = (page_width - across * pitch) // 2 + (pitch - width) // 2
 
     placed, tops, y = list[tuple[_Cell, int, int]](), list[int](), MARGIN
     for row in grid:
         tops.append(y + LINE * max(len(cell.above) for cell in row))
-        placed += [(cell, left + pitch * j, tops[-1]) for j, cell in enumerate(row, 1)]
+        columns = [*range(before, before + len(row))]
+        if not ends:
+            columns[-1] = across - 1
+        placed += [(cell, left + pitch * j, tops[-1]) for j, cell in zip(columns, row, strict=True)]
         y = tops[-1] + height + LINE * max(len(cell.below) for cell in row) + 2 * GAP
-    middle = (tops[0] + tops[-1]) // 2
-    placed.append((source, left - APART, middle))
-    placed.append((target, left + pitch * (across - 1) + APART, middle))
+    if ends:
+        middle = (tops[0] + tops[-1]) // 2
+        places = left - APART, left + pitch * (across - 1) + APART
+        placed += [(cell, x, middle) for cell, x in zip(ends, places, strict=True)]
     letters = int((page_width - 2 * MARGIN) / LETTER)
     caption = [*caption, _clipped([cell.image for cell, _, _ in placed])]
     lines = [line for text in caption for line in textwrap.wrap(text, letters)]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from core.certify import margins_of, project_to_simplex
 from core.objective import Losses
+from core.regions import gaussian
 from core.spec import Hull as Settings
 
 TINY = 1e-9  # keeps the direction between two equal corners finite
@@ -90,15 +91,26 @@ class Hull:
         home = (corners - source) * (2 * s.source * self.energy / (k * self.natural**2))
         if k < 2:
             return home
-        flat, pairs = corners.flatten(1), k * (k - 1) / 2
+        flat, pairs = self._coarse(corners).flatten(1), k * (k - 1) / 2
         distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
         allowed = max(1.0, FIRST ** (1 - 2 * age / self.max_steps))
         left = ((1 - worst / allowed) / (1 - SPARED)).clamp(0, 1)
-        left = left * (distances.sum() / (2 * pairs) < s.goal * self.natural)
+        left = left * (self.spread(corners) < s.goal)
         inverse = (1 / (distances + TINY)).fill_diagonal_(0)
         apart = (inverse.sum(1, keepdim=True) * flat - inverse @ flat) / (pairs * self.natural)
-        driven: Tensor = home - (s.diversity * self.energy * left) * apart.view_as(corners)
+        away = self._coarse(apart.view_as(corners))  # the filter is its own transpose
+        driven: Tensor = home - (s.diversity * self.energy * left) * away
         return driven
+
+    def _coarse(self, images: Tensor) -> Tensor:
+        """What of `images` [K, C, H, W] counts for the spread that is driven at."""
+        if not self.settings.low_pass:
+            return images
+        rows, columns = (
+            torch.from_numpy(gaussian(side, self.settings.low_pass)).to(images)
+            for side in images.shape[2:]
+        )
+        return rows @ images @ columns
 
 
 def ascend(weights: Tensor, gradient: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from core import certify, images, interpolate, models
 from core.engine import CONVERGED, Engine, Group
 from core.errors import InvalidSpec, UnknownName
 from core.hull import Hull
+from core.memory import Footprint
 from core.models import Model
 from core.objective import Losses, Target
 from core.patches.composite import Patches
@@ -86,6 +87,12 @@ class Subject:
     @property
     def device(self) -> torch.device:
         return next(self.model.classifier.parameters()).device
+
+    @cached_property
+    def footprint(self) -> Footprint:
+        """What its jobs take."""
+        image = reference_images(self.model)[:1].to(self.device)
+        return Footprint(self.tap, self.working_tap, image)
 
     def engine(self, spec: CollisionSpec, on_step: Callable[[], None] = lambda: None) -> Engine:
         """A new engine for jobs with this batch key."""
@@ -181,16 +188,19 @@ def prepare(
     key: str,
     library: Library | None = None,
     on_part: Callable[[], object] = lambda: None,
+    company: bool = False,
 ) -> Job:
     """Checks the images and settings against the network and builds the engine's group.
 
     A job for the exact solver needs no engine, and passes through one at once. `library` has the
-    sets that jobs of patches name; `on_part` is called as the search for patches goes on.
+    sets that jobs of patches name; `on_part` is called as the search for patches goes on. In
+    `company`, other jobs of this process hold memory that they will give back.
 
     Raises:
         InvalidSpec: the images are the same, the target is not of the class that the spec names,
             the units do not fit the target, or the network gives numbers that are not finite.
         UnknownName: the spec names a class that the network does not have.
+        TooLittleMemory, MemoryBusy: as `Footprint.check` does.
         NotAffine, TooLarge: the exact solver cannot take the layer.
         UnknownName, PatchSetBusy, PatchSetUnusable, TooFewPatches: of the patch set.
     """
@@ -216,6 +226,13 @@ def prepare(
             f"The target activates no unit of layer {tap.layer.name!r} below saturation, so there "
             "is nothing to collide with; give another target or layer."
         )
+    neighbours, windows = None, None
+    if spec.parametrization == "patches":
+        assert library
+        neighbours = library.neighbours(spec.patches.set or "")
+        size = neighbours.patches.geometry.size
+        windows = Windows.of_job(spec, window=size, image=source.pixels.shape)
+    subject.footprint.check(spec, windows, company=company)
     without = spec.objective == "plain" or spec.solver == "null_space"
     units = None if without else choose_units(tap, goal, pair[0], spec)
     if units is None:
@@ -228,11 +245,9 @@ def prepare(
             beta=_beta(spec, goal),
             negative=spec.negative,
         )
-    neighbours, patches = None, None
-    if spec.parametrization == "patches":
-        assert library
-        neighbours = library.neighbours(spec.patches.set or "")
-        patches = _compose(neighbours, spec, source, subject.device, on_part)
+    patches = None
+    if neighbours and windows:
+        patches = _compose(neighbours, windows, spec, source, subject.device, on_part)
     group = Group(
         key=key,
         spec=spec,
@@ -242,6 +257,7 @@ def prepare(
         l_pos_threshold=_absolute(spec.l_pos_threshold, goal),
         violation_threshold=_absolute(spec.violation_threshold, goal),
         patches=patches,
+        gamma=_gamma(spec, goal, patches) if patches else 0.0,
     )
     polytope = None
     if spec.solver != "gradient":
@@ -261,6 +277,7 @@ def prepare(
 
 def _compose(
     neighbours: Neighbours,
+    windows: Windows,
     spec: CollisionSpec,
     source: images.Loaded,
     device: torch.device,
@@ -268,7 +285,6 @@ def _compose(
 ) -> Patches:
     """Over each window of the source its nearest patch, with surroundings."""
     patch_set, n = neighbours.patches, neighbours.patches.geometry.size
-    windows = Windows.of_job(spec, window=n, image=source.pixels.shape)
     pixels = images.to_8bit(source.pixels).transpose(1, 2, 0)
     cut = np.stack([pixels[y : y + n, x : x + n] for y, x in windows.positions])
     own = () if spec.patches.source else (source.sha256,)
@@ -313,6 +329,13 @@ def _beta(spec: CollisionSpec, goal: Target) -> float:
         return spec.beta
     typical = float(goal.pre[goal.positive].square().mean().sqrt())
     return spec.beta.relative * spec.alpha * typical
+
+
+def _gamma(spec: CollisionSpec, goal: Target, patches: Patches) -> float:
+    if not isinstance(spec.gamma, Relative):
+        return spec.gamma
+    at_start = float(patches.total_variation(patches.start(1)))
+    return spec.gamma.relative * spec.alpha * goal.energy / at_start if at_start else 0.0
 
 
 def _absolute(threshold: Threshold | None, goal: Target) -> float:

@@ -4,6 +4,7 @@ Torch-free, since pictures are drawn from it.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,13 @@ def low_pass(images: Pixels) -> Floats:
     it is, and no norm grows.
     """
     return ndimage.gaussian_filter(images.astype(np.float64), SIGMA, mode="reflect", axes=(-2, -1))
+
+
+@cache
+def gaussian(side: int, sigma: float) -> Floats:
+    """A Gaussian of `sigma` pixels on a line of `side`, as `low_pass` has it: symmetric [n, n]."""
+    made: Floats = ndimage.gaussian_filter1d(np.eye(side), sigma, mode="reflect")
+    return made
 
 
 def find_regions(corners: Pixels) -> list[Region]:

@@ -33,7 +33,8 @@ class Relative(Strict):
     """A number in units of the target's own features, so that it suits networks of any scale.
 
     For a threshold the unit is the target's feature energy ||f(t)||^2, for beta it is alpha times
-    the root mean square of f'(t) over active units.
+    the root mean square of f'(t) over active units, for gamma alpha times the energy over R(P) of
+    equation 5's weights.
     """
 
     relative: Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)]
@@ -70,6 +71,13 @@ class Hull(Strict):
     diversity: Weight = Field(1.0, description="Weight of the spread.")
     goal: float = Field(
         1.0, gt=0, le=10, description="The spread, as in results, beyond which no more is gained."
+    )
+    low_pass: float = Field(
+        0.0,
+        ge=0,
+        le=64,
+        description="Corners are driven apart in what a Gaussian of so many pixels leaves of them: "
+        "as things differ, not as noise does. 0: in their pixels.",
     )
     margin: float = Field(
         0.0,
@@ -178,7 +186,9 @@ class CollisionSpec(Strict):
     )
     alpha: float = Field(1.0, gt=0, le=1e9, description="Weight of L_pos.")
     beta: Weight | Relative = Field(Relative(relative=1.0), description="Weight of L_neg.")
-    gamma: Weight = Field(0.0, description="Weight of the total variation (patches only).")
+    gamma: Weight | Relative = Field(
+        0.0, description="Weight of the total variation R(P) of the weights of patches."
+    )
     negative: Literal["absolute", "hinge"] = Field(
         "hinge",
         description="What the other inactive units pay: |f'| as in the paper, or relu(f'), which "
@@ -260,6 +270,11 @@ class CollisionSpec(Strict):
     def rows(self) -> int:
         """Images that the job has in each pass."""
         return self.corners + (self.hull.points if self.objective == "hull" else 0)
+
+    @property
+    def patch_set(self) -> str | None:
+        """The patch set that the job needs, if any."""
+        return self.patches.set if self.parametrization == "patches" else None
 
     @property
     def batch_key(self) -> str:
@@ -365,6 +380,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "sampling": "uniform",
             "diversity": 3.0,
             "goal": 1.0,
+            "low_pass": 0.0,
             "margin": 0.0,
             "source": 0.0,
         },
@@ -372,6 +388,102 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ball_samples": 2000,
         "worst_starts": 64,
         "certify": {"hull": "float", "subsimplices": 20_000, "seconds": 10.0},
+        "precision": "fp32",
+    },
+    # With a set of 32 px patches, as in the text. alpha is 100 on TensorFlow's half-squared
+    # norm; beta and gamma are the first of the three pairs the paper names. The gradient by control
+    # parameters does not depend on the scale of pixels, so the rate needs no conversion. Open: the
+    # rate (at first this one moves pixels about as far as the preset above does), and when to stop.
+    "paper-vgg16-patches-text": {
+        "model": "vgg16",
+        "layer": "classifier.0",
+        "corners": 5,
+        "objective": "corners",
+        "parametrization": "patches",
+        "patches": {"stride": 12, "surround": 16, "source": False},
+        "solver": "gradient",
+        "units": "first",
+        "alpha": 50.0,
+        "beta": 10.0,
+        "gamma": 100.0,
+        "negative": "absolute",
+        "pixel_range": "valid",
+        "optimizer": "gd",
+        "learning_rate": 2e-4,
+        "schedule": "rising",
+        "l_pos_threshold": {"relative": 0.01},
+        "violation_threshold": None,
+        "max_steps": 30_000,
+        "max_seconds": 86400.0,
+        "interpolation": {"samples": 2000, "sampler": "uniform"},
+        "ball_samples": 2000,
+        "worst_starts": 64,
+        "certify": None,
+        "precision": "fp32",
+    },
+    # The same by the authors' code, with a set of 56 px patches. Six times as many sources lie over
+    # a pixel, so that a step moves it a third as far: hence this rate.
+    "paper-vgg16-patches-code": {
+        "model": "vgg16",
+        "layer": "classifier.0",
+        "corners": 5,
+        "objective": "corners",
+        "parametrization": "patches",
+        "patches": {"stride": 7, "surround": 28, "source": False},
+        "solver": "gradient",
+        "units": "first",
+        "alpha": 50.0,
+        "beta": 10.0,
+        "gamma": 100.0,
+        "negative": "absolute",
+        "pixel_range": "valid",
+        "optimizer": "gd",
+        "learning_rate": 5e-4,
+        "schedule": "rising",
+        "l_pos_threshold": {"relative": 0.01},
+        "violation_threshold": None,
+        "max_steps": 30_000,
+        "max_seconds": 86400.0,
+        "interpolation": {"samples": 2000, "sampler": "uniform"},
+        "ball_samples": 2000,
+        "worst_starts": 64,
+        "certify": None,
+        "precision": "fp32",
+    },
+    # Ours, for any network and layer. No proof is sought: those of networks that take photographs
+    # do not end.
+    "patches": {
+        "corners": 5,
+        "objective": "hull",
+        "parametrization": "patches",
+        "patches": {"stride": 12, "surround": 16, "source": False},
+        "solver": "gradient",
+        "units": "first",
+        "alpha": 1.0,
+        "beta": {"relative": 1.0},
+        "gamma": {"relative": 0.1},
+        "negative": "hinge",
+        "pixel_range": "valid",
+        "optimizer": "adam",
+        "learning_rate": 0.3,
+        "schedule": "cosine",
+        "l_pos_threshold": {"relative": 0.04},
+        "violation_threshold": {"relative": 0.02},
+        "max_steps": 500,
+        "max_seconds": 3600.0,
+        "hull": {
+            "points": 5,
+            "sampling": "uniform",
+            "diversity": 4.0,
+            "goal": 0.2,
+            "low_pass": 4.0,
+            "margin": 0.0,
+            "source": 0.0,
+        },
+        "interpolation": {"samples": 2000, "sampler": "uniform"},
+        "ball_samples": 2000,
+        "worst_starts": 64,
+        "certify": None,
         "precision": "fp32",
     },
 }

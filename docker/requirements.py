@@ -1,4 +1,4 @@
-"""Prints what an extra of pyproject.toml needs from PyPI: `python docker/requirements.py worker`.
+"""Prints what extras of pyproject.toml need from PyPI: `python docker/requirements.py worker`.
 
 The images install this first. The list stays the same, and so does their layer of it, whatever else
 changes in pyproject.toml.
@@ -23,4 +23,5 @@ def needs(extra: str) -> Iterator[str]:
             yield requirement
 
 
-print(*sorted({*PROJECT["dependencies"], *needs(sys.argv[1])}), sep="\n")
+wanted = {requirement for extra in sys.argv[1:] for requirement in needs(extra)}
+print(*sorted({*PROJECT["dependencies"], *wanted}), sep="\n")

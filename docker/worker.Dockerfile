@@ -3,7 +3,7 @@
 FROM python:3.11-slim-bookworm AS wheel
 WORKDIR /build
 COPY . .
-RUN python docker/requirements.py worker >/requirements.txt \
+RUN python docker/requirements.py worker perceptual >/requirements.txt \
     && pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
 
 FROM python:3.11-slim-bookworm
@@ -16,12 +16,14 @@ COPY --from=wheel /wheel /wheel
 # Volumes take their owner from the folders that they cover.
 RUN pip --python /opt/polycollide/bin/python install --no-cache-dir --no-deps /wheel/*.whl \
     && useradd --uid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin polycollide \
-    && install -d -o 10001 -g 10001 /var/lib/polycollide/checkpoints /var/lib/polycollide/torch
+    && install -d -o 10001 -g 10001 \
+        /var/lib/polycollide/checkpoints /var/lib/polycollide/patches /var/lib/polycollide/torch
 
 USER 10001:10001
 # nvidia-smi (utility) tells which GPUs there are.
 ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     POLYCOLLIDE_CHECKPOINT_DIR=/var/lib/polycollide/checkpoints \
+    POLYCOLLIDE_PATCHES=/var/lib/polycollide/patches \
     TORCH_HOME=/var/lib/polycollide/torch \
     MPLCONFIGDIR=/tmp/matplotlib
 STOPSIGNAL SIGTERM

@@ -177,6 +177,27 @@ class Models(Answer):
     models: list[Model]
 
 
+class PatchSet(Answer):
+    """A patch set that workers have; `differs` where others have another one under its name."""
+
+    name: str
+    sha256: str
+    images: int
+    patches: int
+    size: int
+    stride: int
+    resize: int
+    index: str
+    workers: int
+    differs: bool
+
+
+class PatchSets(Answer):
+    """All of them."""
+
+    patch_sets: list[PatchSet]
+
+
 class Uploaded(Answer):
     """An image that the service has."""
 

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from polycollide import commands
-from polycollide.options import Corners, Image, Json, Layer, Model, Preset, Settings
+from polycollide.options import (
+    ApiKey,
+    Corners,
+    Image,
+    Json,
+    Layer,
+    Model,
+    Preset,
+    Settings,
+    Url,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -98,18 +108,65 @@ def models() -> None:
 
 @app.command()
 def reproduce(
-    experiment: Annotated[str, typer.Argument(help="table1.")],
-    pairs: Annotated[int, typer.Option(min=1, max=360, help="Digit pairs to average over.")] = 20,
+    experiment: Annotated[str, typer.Argument(help="table1 to table5, fig3, or fig7 to fig12.")],
+    pairs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=360, help="How many to draw: 20 pairs of digits or 4 of photographs."
+        ),
+    ] = None,
     beyond: Annotated[
-        bool, typer.Option("--beyond", help="What is past the paper: hulls, exact corners, proofs.")
+        bool,
+        typer.Option("--beyond", help="table1 past the paper: hulls, exact corners, proofs."),
     ] = False,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="IMAGE", help="With --target one pair; both again for each other one."
+        ),
+    ] = None,
+    target: Annotated[list[str] | None, typer.Option(metavar="IMAGE")] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--images", metavar="DIR", help="Draws pairs of these, not of the sample photographs."
+        ),
+    ] = None,
+    model: Model = None,
+    weights: Annotated[str | None, typer.Option(help="Which of the model's weights.")] = None,
+    layer: Layer = None,
+    settings: Settings = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where pictures go, and each pair's result; those there are not run again.",
+        ),
+    ] = None,
     json: Json = False,
     device: Device = None,
 ) -> None:
-    """Run an experiment of the paper and print its rows beside ours."""
-    from polycollide import reproduce
+    """Run an experiment of the paper and print its rows beside ours.
 
-    reproduce.run(experiment, pairs=pairs, beyond=beyond, json=json, device=device)
+    table1 is of digits, all else of photographs, on vgg16 at classifier.0
+    (FC-6) or a model and layer of yours. Corners by patches (table3, table5,
+    fig7, fig8 and fig10) need --set patches.set=NAME. Numbers follow our
+    reading of the paper: each title tells what was run.
+    """
+    from polycollide import photographs, reproduce
+
+    named = {"model": model, "weights": weights, "layer": layer}
+    asked = photographs.Asked(
+        sources=tuple(source or ()),
+        targets=tuple(target or ()),
+        folder=folder,
+        count=pairs,
+        named={name: value for name, value in named.items() if value is not None},
+        settings=tuple(settings or ()),
+        out=out,
+        json=json,
+    )
+    reproduce.run(experiment, asked=asked, beyond=beyond, device=device)
 
 
 app.add_typer(commands.service)
@@ -130,9 +187,11 @@ def build_patches(
     size: Annotated[int, typer.Option(help="Pixels of a patch's side.")] = 32,
     stride: Annotated[int, typer.Option(help="Pixels from one patch to the next.")] = 12,
     resize: Annotated[int, typer.Option(help="Pixels of an image's side.")] = 224,
-    backend: Annotated[str, typer.Option(help="What searches large sets: faiss.")] = "faiss",
+    backend: Annotated[
+        str, typer.Option(help="What searches sets of over 100 000 patches: faiss or dci.")
+    ] = "faiss",
     seed: Annotated[
-        int, typer.Option(min=0, help="Of the samples that the index learns from.")
+        int, typer.Option(min=0, help="Of the samples or lines that the index is made of.")
     ] = 0,
 ) -> None:
     """Make a patch set of all images in a folder; if stopped, the same command goes on."""
@@ -144,8 +203,20 @@ def build_patches(
 
 
 @patch_sets.command("list")
-def list_patches() -> None:
-    """List the patch sets on this machine."""
+def list_patches(
+    service: Annotated[
+        bool, typer.Option("--service", help="Those of the service's workers instead.")
+    ] = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """List the patch sets on this machine, or those that jobs can name at a service."""
+    if service:
+        from polycollide import remote
+
+        with remote.connected(url, api_key) as client:
+            remote.list_patch_sets(client)
+        return
     from polycollide import patches
 
     patches.show_all()

@@ -180,6 +180,7 @@ class Client:
     download_results = _blocking(AsyncClient.download_results)
     models = _blocking(AsyncClient.models)
     model = _blocking(AsyncClient.model)
+    patch_sets = _blocking(AsyncClient.patch_sets)
 
 
 async def _serve(

@@ -1,4 +1,4 @@
-"""The client's half for single jobs, images and models."""
+"""The client's half for single jobs, images, models and patch sets."""
 
 import asyncio
 import io
@@ -14,7 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polycollide import images, results
-from polycollide.answers import Batch, Event, Job, Model, Models, Page, Uploaded
+from polycollide.answers import (
+    Batch,
+    Event,
+    Job,
+    Model,
+    Models,
+    Page,
+    PatchSet,
+    PatchSets,
+    Uploaded,
+)
 from polycollide.errors import ApiError, PolycollideError, WaitTimeout
 from polycollide.images import ImageLike
 from polycollide.streams import server_sent
@@ -258,6 +268,11 @@ class JobsClient:
     async def model(self, name: str) -> Model:
         """A network with its layers, where a worker has told of them."""
         return self._transport.read(Model, await self._transport.ask("GET", path("models", name)))
+
+    async def patch_sets(self) -> list[PatchSet]:
+        """The patch sets that the service's workers have."""
+        response = await self._transport.ask("GET", path("patch-sets"))
+        return self._transport.read(PatchSets, response).patch_sets
 
 
 def id_of(thing: Any) -> str:

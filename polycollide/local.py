@@ -119,10 +119,11 @@ def write(out: Path, done: job.Job, outcome: Outcome) -> list[str]:
 
     Files of an earlier result go first; no other file is touched.
     """
-    files = {"result.json": outcome.result.model_dump_json(indent=2).encode()}
-    files |= artifacts.encode(done, outcome)
+    files = artifacts.encode(done, outcome)
     if done.spec.figures:
         files |= artifacts.pictures(done, outcome)()
+    # Last: a folder that has it is whole.
+    files["result.json"] = outcome.result.model_dump_json(indent=2).encode()
     results.clear(out)
     for name, content in files.items():
         (out / name).write_bytes(content)

@@ -5,7 +5,14 @@ from typing import Annotated
 import typer
 
 # Those of core.spec, which is not opened for a line of help; a test compares them.
-PRESETS = ("hull", "paper-mnist", "paper-vgg16-pixels")
+PRESETS = (
+    "hull",
+    "paper-mnist",
+    "paper-vgg16-patches-code",
+    "paper-vgg16-patches-text",
+    "paper-vgg16-pixels",
+    "patches",
+)
 
 Image = Annotated[
     str, typer.Option(metavar="IMAGE", help="A file, or a sample such as sample:mnist/3-0.")

@@ -22,7 +22,10 @@ def build(
     directory: Path, name: str, *, size: int, stride: int, resize: int, backend: str, seed: int
 ) -> None:
     """Builds a set and says what became of the files."""
-    with in_one_sentence(), progress_bar() as report:
+    with (
+        in_one_sentence("Stopped; the same command goes on where it was."),
+        progress_bar() as report,
+    ):
         geometry = Geometry(size=size, stride=stride, resize=resize)
         index = neighbours.indexer(backend, seed=seed)
         patches = sets.build(directory, name, geometry, index, report=report)
@@ -94,12 +97,12 @@ def delete(name: str) -> None:
 
 
 @contextmanager
-def in_one_sentence() -> Iterator[None]:
+def in_one_sentence(stopped: str = "Stopped.") -> Iterator[None]:
     """Errors that a user can act on end the command with a sentence, not a traceback."""
     try:
         yield
     except KeyboardInterrupt:
-        aside.print("Stopped; the same command goes on where it was.")
+        aside.print(stopped)
         raise typer.Exit(128 + signal.SIGINT) from None
     except CoreError as error:
         message = str(error)

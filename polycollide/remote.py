@@ -162,6 +162,21 @@ def list_batches(client: Client, *, label: str | None, limit: int, json: bool) -
     console.print(table)
 
 
+def list_patch_sets(client: Client) -> None:
+    """Prints the patch sets that workers have, and which of them are not everywhere the same."""
+    table = listing("set", "images", "patches", "size", "stride", "resize", "index", "workers")
+    found = client.patch_sets()
+    for each in found:
+        geometry = each.size, each.stride, each.resize
+        numbers = map(str, (each.images, each.patches, *geometry))
+        table.add_row(each.name, *numbers, each.index, str(each.workers))
+    console.print(table)
+    for each in found:
+        if each.differs:
+            text = f"{each.name}: other workers have another set under this name."
+            aside.print(text, highlight=False, soft_wrap=True)
+
+
 def cancel(client: Client, ids: list[str], *, batch: str | None) -> None:
     """Cancels jobs, each whether or not another one could be."""
     if bool(ids) == bool(batch):

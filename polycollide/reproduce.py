@@ -1,8 +1,8 @@
 """The paper's experiments by one command each: its rows beside ours."""
 
+import dataclasses
 import json as jsonlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
@@ -11,17 +11,29 @@ import torch
 from rich.progress import Progress
 
 from core import exact, images, interpolate, job
-from core.errors import UnknownName
-from core.interpolate import clopper_pearson
+from core.errors import InvalidSpec, UnknownName
 from core.outcome import measure
 from core.result import Result
 from core.spec import CollisionSpec
+from polycollide import photographs
 from polycollide.listing import aside, console, listing
 from polycollide.local import in_one_sentence, pick_device
-
-Ours = Callable[[list[Result]], str]
+from polycollide.photographs import EXPERIMENTS, Asked
+from polycollide.rows import (
+    BALL,
+    EIGHT_BITS,
+    FLOATS,
+    Ours,
+    Row,
+    converged,
+    interpolated,
+    mean,
+    of_corners,
+)
 
 CERTIFIED = "certified"
+TABLE_1 = "table1"
+PAIRS = 20
 # Seed of the shuffle that picks digit pairs.
 PAIRS_SEED = 0
 # "free" comes near the paper's distance: pixels may leave [0, 1], and beta is as large as alpha.
@@ -33,21 +45,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: what the paper states, if anything, and ours from all results."""
-
-    name: str
-    paper: str
-    ours: Ours
-
-
-def run(experiment: str, *, pairs: int, beyond: bool, json: bool, device: str | None) -> None:
+def run(experiment: str, *, asked: Asked, beyond: bool, device: str | None) -> None:
     """Runs `experiment` and prints it."""
     with in_one_sentence():
+        if experiment == TABLE_1:
+            if dataclasses.replace(asked, count=None, json=False) != Asked():
+                raise InvalidSpec("table1 takes --pairs, --beyond, --json and --device alone.")
+            table1(asked.count or PAIRS, beyond, asked.json, pick_device(device))
+            return
         if experiment not in EXPERIMENTS:
-            raise UnknownName("experiment", experiment, EXPERIMENTS)
-        EXPERIMENTS[experiment](pairs, beyond, json, pick_device(device))
+            raise UnknownName("experiment", experiment, [TABLE_1, *EXPERIMENTS])
+        if beyond:
+            raise InvalidSpec("Only table1 goes beyond the paper; leave --beyond out.")
+        photographs.reproduce(experiment, asked, pick_device(device))
 
 
 def table1(pairs: int, beyond: bool, json: bool, device: torch.device) -> None:
@@ -148,62 +158,23 @@ def _budgets(pairs: int, device: torch.device) -> None:
     console.print(table)
 
 
-def _mean(of: Callable[[Result], float], digits: int = 2) -> Ours:
-    def text(results: list[Result]) -> str:
-        values = [of(r) for r in results]
-        return f"{np.mean(values):.{digits}f}±{np.std(values):.{digits}f}"
-
-    return text
-
-
-def _of_corners(field: str) -> Callable[[Result], float]:
-    return lambda result: float(np.mean([getattr(corner, field) for corner in result.corners]))
-
-
-def _colliding(field: str) -> tuple[Ours, Ours]:
-    """The fraction of samples, pooled over results, that get the target's label; its interval."""
-
-    def counts(results: list[Result]) -> tuple[int, int]:
-        part, name = field.split(".")
-        sampled = [s for s in (getattr(r, part) for r in results) if s]
-        hits = round(sum(getattr(s, name) * s.samples for s in sampled))
-        return hits, sum(s.samples for s in sampled)
-
-    def fraction(results: list[Result]) -> str:
-        hits, samples = counts(results)
-        return f"{100 * hits / samples:.1f} %"
-
-    def interval(results: list[Result]) -> str:
-        low, high = clopper_pearson(*counts(results))
-        return f"{100 * low:.2f}-{100 * high:.2f}"
-
-    return fraction, interval
-
-
-def _interpolated(field: str) -> Callable[[Result], float]:
-    return lambda result: float(getattr(result.interpolation, field))
-
-
-FLOATS, EIGHT_BITS, BALL = map(
-    _colliding, ("interpolation.accuracy", "interpolation.accuracy_8bit", "ball.accuracy")
-)
 TABLE1 = [
-    Row("pairs converged", "", lambda rs: f"{sum(r.converged for r in rs)} of {len(rs)}"),
-    Row("steps", "", _mean(lambda r: r.steps, 0)),
-    Row("distance apart", "1.28", _mean(lambda r: r.polytope.mean_pairwise_distance)),
+    Row("pairs converged", "", converged),
+    Row("steps", "", mean(lambda r: r.steps, 0)),
+    Row("distance apart", "1.28", mean(lambda r: r.polytope.mean_pairwise_distance)),
     Row("of MNIST images", "10.21", lambda rs: f"{rs[0].polytope.natural_distance:.2f}"),
-    Row("spread", "0.125", _mean(lambda r: r.polytope.spread, 3)),
+    Row("spread", "0.125", mean(lambda r: r.polytope.spread, 3)),
     Row("colliding", "", FLOATS[0]),
     Row("  interval", "", FLOATS[1]),
     Row("  in 8 bits", "", EIGHT_BITS[0]),
     Row("  interval", "", EIGHT_BITS[1]),
-    Row("probability", "", _mean(_interpolated("mean_probability"), 3)),
-    Row("  in 8 bits", "", _mean(_interpolated("mean_probability_8bit"), 3)),
-    Row("  of the target", "", _mean(lambda r: r.target.probability, 3)),
-    Row("residual", "", _mean(_interpolated("relative_residual"), 3)),
-    Row("violation", "", _mean(_of_corners("violation"))),
-    Row("to source", "", _mean(_of_corners("distance_to_source"))),
-    Row("to target", "", _mean(_of_corners("distance_to_target"))),
+    Row("probability", "", mean(interpolated("mean_probability"), 3)),
+    Row("  in 8 bits", "", mean(interpolated("mean_probability_8bit"), 3)),
+    Row("  of the target", "", mean(lambda r: r.target.probability, 3)),
+    Row("residual", "", mean(interpolated("relative_residual"), 3)),
+    Row("violation", "", mean(of_corners("violation"))),
+    Row("to source", "", mean(of_corners("distance_to_source"))),
+    Row("to target", "", mean(of_corners("distance_to_target"))),
     Row("ball colliding", "", BALL[0]),
     Row("  interval", "", BALL[1]),
 ]
@@ -242,10 +213,10 @@ BEYOND: dict[str, dict[str, Any]] = {
 }
 BUDGETS, BUDGET_PAIRS = [0.6, 0.7, 0.8, 0.9, None], 5
 BEYOND_ROWS = [
-    Row("converged", "", lambda rs: f"{sum(r.converged for r in rs)} of {len(rs)}"),
-    Row("steps", "", _mean(lambda r: r.steps, 0)),
-    Row("apart", "1.28", _mean(lambda r: r.polytope.mean_pairwise_distance)),
-    Row("spread", "0.125", _mean(lambda r: r.polytope.spread)),
+    Row("converged", "", converged),
+    Row("steps", "", mean(lambda r: r.steps, 0)),
+    Row("apart", "1.28", mean(lambda r: r.polytope.mean_pairwise_distance)),
+    Row("spread", "0.125", mean(lambda r: r.polytope.spread)),
     Row("  least", "", lambda rs: f"{min(r.polytope.spread for r in rs):.2f}"),
     Row("in class %", "", lambda rs: FLOATS[0](rs).rstrip(" %")),
     Row("  at least", "", lambda rs: FLOATS[1](rs).split("-")[0]),
@@ -253,14 +224,14 @@ BEYOND_ROWS = [
     Row("  at least", "", lambda rs: EIGHT_BITS[1](rs).split("-")[0]),
     Row("worst too", "", _claimed(lambda r: r.worst and r.worst.label == r.target.label)),
     Row("  in 8 bits", "", _claimed(lambda r: r.worst and r.worst.label_8bit == r.target.label)),
-    Row("  margin", "", _mean(lambda r: r.worst.margin if r.worst else np.nan, 1)),
+    Row("  margin", "", mean(lambda r: r.worst.margin if r.worst else np.nan, 1)),
     Row("  P, least", "", lambda rs: f"{min(r.worst.probability for r in rs if r.worst):.3f}"),
     Row("certified", "", _claimed(lambda r: r.certificate and r.certificate.outcome == CERTIFIED)),
     Row("  seconds", "", _proof_seconds),
-    Row("residual", "", _mean(_interpolated("relative_residual"))),
-    Row("to source", "", _mean(_of_corners("distance_to_source"), 1)),
+    Row("residual", "", mean(interpolated("relative_residual"))),
+    Row("to source", "", mean(of_corners("distance_to_source"), 1)),
     Row("  possible", "", _exact("least_distance_to_source")),
-    Row("to target", "", _mean(_of_corners("distance_to_target"), 1)),
+    Row("to target", "", mean(of_corners("distance_to_target"), 1)),
 ]
 BEYOND_NOTE = """\
 Columns 1 to 3 are mnist-mlp at fc1; hull fc2 is its second layer, hull cnn is mnist-cnn at fc1.
@@ -268,5 +239,3 @@ Means over pairs and their standard deviation. in class: of all samples; at leas
 end of the 95 % Clopper-Pearson interval. worst: the least margin that a gradient search of the
 polytope found. certified: every point between the float corners is proved to have the target's
 class. possible: how near to the source the exact polytope comes."""
-
-EXPERIMENTS = {"table1": table1}

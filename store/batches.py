@@ -68,18 +68,20 @@ _INSERT = text("""
 _INSERT_JOBS = text("""
     WITH spec AS (
         SELECT * FROM unnest(
-            CAST(:models AS text[]), CAST(:corners AS int[]), CAST(:batch_keys AS text[])
-        ) WITH ORDINALITY AS spec (model, corners, batch_key, number)
+            CAST(:models AS text[]), CAST(:corners AS int[]), CAST(:batch_keys AS text[]),
+            CAST(:patch_sets AS text[])
+        ) WITH ORDINALITY AS spec (model, corners, batch_key, patch_set, number)
         JOIN jsonb_array_elements(CAST(:specs AS jsonb)) WITH ORDINALITY AS written (spec, number)
             USING (number)
     ), new AS (
         INSERT INTO jobs (id, key_id, batch_id, batch_index, custom_id, request_id, priority,
-            labels, deadline_seconds, spec, model, corners, batch_key,
+            labels, deadline_seconds, spec, model, corners, batch_key, patch_set,
             source_name, source_sha256, target_name, target_sha256)
         SELECT gen_random_uuid(), :key_id, :batch_id, item.index, item.custom_id, :request_id,
             item.priority,
             ARRAY(SELECT jsonb_array_elements_text(labels.list)),
             item.deadline_seconds, spec.spec, spec.model, spec.corners, spec.batch_key,
+            spec.patch_set,
             item.source_name, item.source_sha256, item.target_name, item.target_sha256
         FROM unnest(
             CAST(:indices AS int[]), CAST(:custom_ids AS text[]), CAST(:spec_numbers AS int[]),
@@ -140,6 +142,7 @@ def _columns(items: Sequence[Item]) -> dict[str, Any]:
         "models": [spec.model for spec in specs.values()],
         "corners": [spec.corners for spec in specs.values()],
         "batch_keys": [spec.batch_key for spec in specs.values()],
+        "patch_sets": [spec.patch_set for spec in specs.values()],
         "labels": json.dumps(labels),
         "indices": [item.index for item in items],
         "custom_ids": [item.custom_id for item in items],

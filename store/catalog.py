@@ -8,8 +8,10 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.errors import InvalidSpec, UnknownName
+from core.patches.windows import Windows
 from core.spec import CollisionSpec
 from store.overview import LIVE
+from store.workers import FRESH
 
 # Of workers that are there now: what others knew may be out of date.
 _NAMES = text(f"SELECT DISTINCT name FROM models WHERE {LIVE}")
@@ -19,6 +21,10 @@ _MODELS = text(f"""
         jsonb_path_query_array(layers, '$[*].names[*]') AS layers
     FROM models WHERE name = ANY(CAST(:names AS text[])) AND {LIVE}
 """)
+
+
+_PATCH_SETS = text(f"SELECT name, size FROM patch_sets WHERE {LIVE}")
+_ANY_WORKER = text(f"SELECT EXISTS (SELECT FROM workers WHERE NOT draining AND {FRESH})")
 
 
 @dataclass(frozen=True)
@@ -31,22 +37,26 @@ class _Report:
 
 @dataclass(frozen=True)
 class Catalog:
-    """What workers have reported of some models."""
+    """What workers have reported of some models.
+
+    `patch_sets` has the patch sizes of each set; it is null where no worker is there to have any.
+    """
 
     names: frozenset[str]
     reports: dict[str, list[_Report]]
+    patch_sets: dict[str, list[int]] | None
     max_parameters: int
 
     def check(self, spec: CollisionSpec) -> None:
         """Raises UnknownName or InvalidSpec where no worker can run it.
 
-        What nobody has reported yet is left to the worker to find out. Which patch sets they have
-        workers do not report, so jobs of patches are for `polycollide run`.
+        What nobody has reported yet is left to the worker to find out.
         """
-        if spec.parametrization == "patches":
-            raise InvalidSpec(
-                "The service does not take jobs of patches; run them with `polycollide run`."
-            )
+        sizes: list[int] = []
+        if spec.patch_set is not None and self.patch_sets is not None:
+            if spec.patch_set not in self.patch_sets:
+                raise UnknownName("patch set", spec.patch_set, self.patch_sets)
+            sizes = self.patch_sets[spec.patch_set]
         if not self.names:
             return
         if spec.model not in self.names:
@@ -65,6 +75,8 @@ class Catalog:
                 _check_index(spec.target_class, classes)
         for report in reports:
             self._check_size(spec, report.input_shape)
+            for size in sizes:
+                Windows.of_job(spec, window=size, image=tuple(report.input_shape))
 
     def _check_size(self, spec: CollisionSpec, input_shape: list[int]) -> None:
         parameters = spec.rows * math.prod(input_shape)
@@ -80,7 +92,7 @@ class Catalog:
 async def read(
     connection: AsyncConnection, specs: Sequence[CollisionSpec], *, max_parameters: int
 ) -> Catalog:
-    """What is known of the models of these specs."""
+    """What is known of the models and patch sets of these specs."""
     wanted = {
         "names": list({spec.model for spec in specs}),
         "classes": any(spec.target_class is not None for spec in specs),
@@ -92,7 +104,12 @@ async def read(
     names = set(reports)
     if not names.issuperset(wanted["names"]):  # type: ignore[arg-type]
         names = set((await connection.execute(_NAMES)).scalars())
-    return Catalog(frozenset(names), reports, max_parameters)
+    patch_sets: dict[str, list[int]] | None = None
+    if any(spec.patch_set for spec in specs) and await connection.scalar(_ANY_WORKER):
+        patch_sets = {}
+        for name, size in await connection.execute(_PATCH_SETS):
+            patch_sets.setdefault(name, []).append(size)
+    return Catalog(frozenset(names), reports, patch_sets, max_parameters)
 
 
 def _union(lists: Sequence[list[str] | None]) -> list[str] | None:

@@ -95,9 +95,9 @@ class File(NamedTuple):
 _SUBMIT = text("""
     WITH new AS (
         INSERT INTO jobs (id, key_id, request_id, priority, labels, deadline_seconds, spec, model,
-            corners, batch_key, source_sha256, source_name, target_sha256, target_name)
+            corners, batch_key, patch_set, source_sha256, source_name, target_sha256, target_name)
         VALUES (:id, :key_id, :request_id, :priority, CAST(:labels AS text[]), :deadline_seconds,
-            CAST(:spec AS jsonb), :model, :corners, :batch_key,
+            CAST(:spec AS jsonb), :model, :corners, :batch_key, :patch_set,
             :source_sha256, :source_name, :target_sha256, :target_name)
         RETURNING id, status, attempt
     )
@@ -123,6 +123,11 @@ _REASON = f"""
         SELECT FROM models JOIN workers USING (slot)
         WHERE models.name = jobs.model AND NOT draining AND {FRESH}
     ) THEN format('No running worker serves model ''%s''.', jobs.model)
+    WHEN jobs.patch_set IS NOT NULL AND NOT EXISTS (
+        SELECT FROM models JOIN patch_sets USING (slot) JOIN workers USING (slot)
+        WHERE models.name = jobs.model AND patch_sets.name = jobs.patch_set
+        AND NOT draining AND {FRESH}
+    ) THEN format('No running worker that serves the model has patch set ''%s''.', jobs.patch_set)
     ELSE COALESCE(status_reason, 'Waits for its turn.') END AS status_reason"""
 # Two ranges of one index: those of a higher priority, and the older ones of the same.
 _POSITION = f"""
@@ -200,6 +205,7 @@ async def submit(connection: AsyncConnection, job: NewJob) -> None:
             "model": job.spec.model,
             "corners": job.spec.corners,
             "batch_key": job.spec.batch_key,
+            "patch_set": job.spec.patch_set,
             "source_sha256": job.source.sha256,
             "source_name": job.source.name,
             "target_sha256": job.target.sha256,

@@ -26,6 +26,7 @@ class Event(StrEnum):
     RELEASE = "release"  # its worker hands it back
     LOSE = "lose"  # its lease ran out
     GIVE_UP = "give_up"  # its lease ran out once too often
+    STRAND = "strand"  # what it needs is on no worker any more
     CANCEL = "cancel"  # its owner wants it no more
 
 
@@ -39,6 +40,7 @@ _AFTER: dict[Event, dict[Status, Status]] = {
     Event.RELEASE: {Status.RUNNING: Status.QUEUED, Status.CANCELING: Status.CANCELED},
     Event.LOSE: {Status.RUNNING: Status.QUEUED, Status.CANCELING: Status.CANCELED},
     Event.GIVE_UP: {Status.RUNNING: Status.FAILED, Status.CANCELING: Status.CANCELED},
+    Event.STRAND: {Status.QUEUED: Status.FAILED},
     Event.CANCEL: {Status.QUEUED: Status.CANCELED, Status.RUNNING: Status.CANCELING},
 }
 

@@ -36,6 +36,26 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class PatchSet:
+    """A patch set that live workers have.
+
+    Where they have different ones under this name (`differs`) it is the one reported last, and
+    `workers` counts those that have this very one.
+    """
+
+    name: str
+    sha256: str
+    images: int
+    patches: int
+    size: int
+    stride: int
+    resize: int
+    index: str
+    workers: int
+    differs: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Queue:
     """What is under way. `age` is that of the job that waits longest, in seconds."""
 
@@ -87,6 +107,31 @@ def _merged(reports: Sequence[RowMapping]) -> Model:
     latest["layers_known"] = any(report["layers_known"] for report in same)
     latest["ready"] = any(report["ready"] for report in reports)
     return Model(**latest)
+
+
+_PATCH_SETS = text(f"""
+    SELECT DISTINCT ON (name) name, sha256, images, patches, size, stride, resize, index,
+        count(*) OVER (PARTITION BY name, sha256) AS workers,
+        min(sha256) OVER (PARTITION BY name) <> max(sha256) OVER (PARTITION BY name) AS differs
+    FROM patch_sets WHERE {LIVE} AND (CAST(:name AS text) IS NULL OR name = :name)
+    ORDER BY name, reported_at DESC
+""")
+_PATCH_SET_NAMES = text(f"SELECT DISTINCT name FROM patch_sets WHERE {LIVE}")
+
+
+async def patch_sets(connection: AsyncConnection) -> list[PatchSet]:
+    """What live workers have, by name."""
+    found = (await connection.execute(_PATCH_SETS, {"name": None})).mappings()
+    return [PatchSet(**row) for row in found]
+
+
+async def patch_set(connection: AsyncConnection, name: str) -> PatchSet:
+    """One of them. Raises UnknownName unless a live worker has it."""
+    found = (await connection.execute(_PATCH_SETS, {"name": name})).mappings().one_or_none()
+    if found is None:
+        known = (await connection.execute(_PATCH_SET_NAMES)).scalars()
+        raise UnknownName("patch set", name, known)
+    return PatchSet(**found)
 
 
 # By the partial indexes of what waits and what is leased: finished jobs are not touched.

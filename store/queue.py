@@ -13,9 +13,12 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
+from core.errors import UnknownName
 from store import blobs
 from store.lifecycle import Event, Status
 from store.moves import CHANNEL, befall
+from store.overview import LIVE
+from store.workers import FRESH
 
 ALONE = "alone:"  # begins the batch key of a job that shares its worker with no other
 # A job whose worker vanished this often is suspected, and its neighbours are not to suffer.
@@ -52,6 +55,7 @@ class Kind:
 
     batch_key: str
     model: str
+    patch_set: str | None
     priority: int
     seq: int
 
@@ -96,7 +100,7 @@ _KINDS = text("""
         FROM kind WHERE kind.batch_key IS NOT NULL
     )
     SELECT head.* FROM kind CROSS JOIN LATERAL (
-        SELECT batch_key, model, priority, seq FROM jobs
+        SELECT batch_key, model, patch_set, priority, seq FROM jobs
         WHERE status = 'queued' AND batch_key = kind.batch_key
         ORDER BY priority DESC, seq LIMIT 1
     ) AS head
@@ -368,14 +372,20 @@ def fail(connection: Connection, lease: Lease, code: str, message: str) -> bool:
 _RELEASE = befall(
     Event.RELEASE,
     _HELD,
-    f"{_UNLEASE}, queued_at = clock_timestamp(), progress = NULL",
+    f"""{_UNLEASE}, queued_at = clock_timestamp(), progress = NULL,
+    batch_key = CASE WHEN CAST(:alone AS boolean) AND NOT starts_with(batch_key, '{ALONE}')
+        THEN '{ALONE}' || jobs.id ELSE batch_key END""",
     reason=_GIVEN,
 )
 
 
-def release(connection: Connection, leases: Iterable[Lease], reason: str) -> None:
-    """Hands jobs back to the queue; those that were to be canceled are."""
-    connection.execute(_RELEASE, _held(leases) | {"reason": reason})
+def release(
+    connection: Connection, leases: Iterable[Lease], reason: str, *, alone: bool = False
+) -> None:
+    """Hands jobs back to the queue, where they may be for a worker `alone`; those that were to be
+    canceled are.
+    """
+    connection.execute(_RELEASE, _held(leases) | {"reason": reason, "alone": alone})
 
 
 _EXPIRED = """
@@ -422,6 +432,57 @@ def expire(connection: Connection, max_crashes: int, lease: timedelta) -> int:
     given_up = connection.execute(_GIVE_UP, params | {"reason": reason}).all()
     count(connection, "lease_losses", len(lost) + len(given_up))
     return len(lost) + len(given_up)
+
+
+# No live worker at all says nothing of a set: then no clock runs.
+_MISSING = text(f"""
+    WITH missing AS (
+        SELECT name FROM unnest(CAST(:names AS text[])) AS wanted (name)
+        WHERE EXISTS (SELECT FROM workers WHERE NOT draining AND {FRESH})
+        AND NOT EXISTS (SELECT FROM patch_sets WHERE patch_sets.name = wanted.name AND {LIVE})
+    ), back AS (
+        DELETE FROM missing_patch_sets WHERE name NOT IN (SELECT name FROM missing)
+    ), noted AS (
+        INSERT INTO missing_patch_sets (name) SELECT name FROM missing ON CONFLICT DO NOTHING
+    )
+    SELECT name FROM missing_patch_sets JOIN missing USING (name)
+    WHERE since < clock_timestamp() - :grace
+""")
+_LIVE_SETS = text(f"SELECT DISTINCT name FROM patch_sets WHERE {LIVE}")
+_STRAND = befall(
+    Event.STRAND,
+    """
+    FROM (
+        SELECT id FROM jobs
+        WHERE status = 'queued' AND batch_key = ANY(CAST(:keys AS text[])) AND patch_set = :name
+        ORDER BY id FOR UPDATE SKIP LOCKED
+    ) AS stranded
+    WHERE jobs.id = stranded.id""",
+    """checkpoint_sha256 = NULL, error = jsonb_build_object(
+        'code', 'patch_set_missing', 'message', CAST(:reason AS text))""",
+    reason=_GIVEN,
+)
+
+
+def strand(connection: Connection, waiting: Iterable[Kind], grace: timedelta) -> int:
+    """Fails jobs of these kinds whose patch set no live worker has had for a `grace`; how many.
+
+    Only while there is a live worker: one that starts again loses no job.
+    """
+    keys: dict[str, list[str]] = {}
+    for kind in waiting:
+        if kind.patch_set is not None:
+            keys.setdefault(kind.patch_set, []).append(kind.batch_key)
+    stranded = 0
+    for name in connection.scalars(_MISSING, {"names": list(keys), "grace": grace}).all():
+        unknown = UnknownName("patch set", name, connection.scalars(_LIVE_SETS))
+        reason = (
+            f"{unknown} The workers have it no more: build it again (`polycollide patches build`), "
+            "then submit the job again."
+        )
+        params = {"name": name, "keys": keys[name], "reason": reason}
+        stranded += len(connection.execute(_STRAND, params).all())
+    return stranded
 
 
 def checkpoints(connection: Connection) -> set[str]:

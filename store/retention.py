@@ -37,6 +37,8 @@ _SWEEPS = {
     "keep_workers": """
         WITH gone AS (
             DELETE FROM workers WHERE heartbeat_at < clock_timestamp() - :keep RETURNING slot
+        ), sets AS (
+            DELETE FROM patch_sets WHERE slot IN (SELECT slot FROM gone)
         )
         DELETE FROM models WHERE slot IN (SELECT slot FROM gone)""",
     # A blob that is stored again at this moment has its row locked, and then is no longer old.

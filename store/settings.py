@@ -46,6 +46,10 @@ class Settings(BaseSettings):
     max_crashes: int = Field(
         3, ge=1, description="Attempts that may end with their worker, before the job fails."
     )
+    patch_set_grace: timedelta = Field(
+        timedelta(minutes=10),
+        description="Jobs fail that wait for a patch set which no worker has had for so long.",
+    )
     # Beyond what the spec allows the optimisation: loading, measuring, drawing.
     deadline_grace: timedelta = timedelta(hours=1)
     checkpoint_every: timedelta = timedelta(seconds=60)

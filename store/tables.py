@@ -149,6 +149,7 @@ class Job(Base):
     model: Mapped[str]
     corners: Mapped[int]
     batch_key: Mapped[str]
+    patch_set: Mapped[str | None]
     source_sha256: Mapped[str] = mapped_column(ForeignKey("blobs.sha256"), index=True)
     source_name: Mapped[str]
     target_sha256: Mapped[str] = mapped_column(ForeignKey("blobs.sha256"), index=True)
@@ -319,6 +320,34 @@ class Model(Base):
     reported_at: Mapped[datetime] = _now()
 
     __table_args__ = (PrimaryKeyConstraint("slot", "name"),)
+
+
+class PatchSet(Base):
+    """A patch set that the worker of a slot can use. `index` is the kind of its index."""
+
+    __tablename__ = "patch_sets"
+
+    slot: Mapped[str]
+    name: Mapped[str]
+    sha256: Mapped[str]
+    images: Mapped[int]
+    patches: Mapped[int] = mapped_column(BigInteger)
+    size: Mapped[int]
+    stride: Mapped[int]
+    resize: Mapped[int]
+    index: Mapped[str]
+    reported_at: Mapped[datetime] = _now()
+
+    __table_args__ = (PrimaryKeyConstraint("slot", "name"),)
+
+
+class MissingPatchSet(Base):
+    """A patch set that jobs wait for, and that no live worker has had `since`."""
+
+    __tablename__ = "missing_patch_sets"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    since: Mapped[datetime] = _now()
 
 
 class Counter(Base):

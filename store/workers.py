@@ -21,7 +21,8 @@ def register(connection: Connection, worker_id: UUID, slot: str, device: str) ->
         """),
         {"slot": slot},
     )
-    connection.execute(text("DELETE FROM workers WHERE slot = :slot"), {"slot": slot})
+    for table in ("workers", "patch_sets"):
+        connection.execute(text(f"DELETE FROM {table} WHERE slot = :slot"), {"slot": slot})
     connection.execute(
         text("INSERT INTO workers (id, slot, device) VALUES (:id, :slot, :device)"),
         {"id": worker_id, "slot": slot, "device": device},
@@ -52,8 +53,8 @@ def drain(connection: Connection, slot: str) -> None:
 
 def leave(connection: Connection, slot: str) -> None:
     """Strikes a slot out that has ended in good order."""
-    connection.execute(text("DELETE FROM workers WHERE slot = :slot"), {"slot": slot})
-    connection.execute(text("DELETE FROM models WHERE slot = :slot"), {"slot": slot})
+    for table in ("workers", "models", "patch_sets"):
+        connection.execute(text(f"DELETE FROM {table} WHERE slot = :slot"), {"slot": slot})
 
 
 def live(connection: Connection) -> int:
@@ -91,6 +92,32 @@ def report_models(connection: Connection, slot: str, models: Sequence[dict[str, 
                 origin = excluded.origin, ready = excluded.ready
         """),
         {"slot": slot, "models": json.dumps(list(models))},
+    )
+
+
+def report_patch_sets(connection: Connection, slot: str, sets: Sequence[dict[str, Any]]) -> None:
+    """Writes down which patch sets a slot has: all columns but `reported_at`.
+
+    What is written down already is left alone, so this may be called again and again.
+    """
+    connection.execute(
+        text("DELETE FROM patch_sets WHERE slot = :slot AND name <> ALL(CAST(:names AS text[]))"),
+        {"slot": slot, "names": [each["name"] for each in sets]},
+    )
+    connection.execute(
+        text("""
+            INSERT INTO patch_sets AS known
+                (slot, name, sha256, images, patches, size, stride, resize, index)
+            SELECT :slot, name, sha256, images, patches, size, stride, resize, index
+            FROM jsonb_to_recordset(CAST(:sets AS jsonb)) AS new (name text, sha256 text,
+                images int, patches bigint, size int, stride int, resize int, index text)
+            ON CONFLICT (slot, name) DO UPDATE SET reported_at = now(),
+                sha256 = excluded.sha256, images = excluded.images, patches = excluded.patches,
+                size = excluded.size, stride = excluded.stride, resize = excluded.resize,
+                index = excluded.index
+            WHERE (known.sha256, known.index) <> (excluded.sha256, excluded.index)
+        """),
+        {"slot": slot, "sets": json.dumps(list(sets))},
     )
 
 

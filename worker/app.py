@@ -13,7 +13,12 @@ from typing import Any
 
 import structlog
 from celery import Celery, signals
-from celery.signals import worker_process_init, worker_shutdown, worker_shutting_down
+from celery.signals import (
+    worker_process_init,
+    worker_process_shutdown,
+    worker_shutdown,
+    worker_shutting_down,
+)
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -70,6 +75,12 @@ def _start(**_: Any) -> None:
     sys.setswitchinterval(1e-3)
     _child = Runner(settings(), os.environ["POLYCOLLIDE_SLOT"])
     _child.start()
+
+
+@worker_process_shutdown.connect
+def _end(**_: Any) -> None:
+    if _child:
+        _child.close()
 
 
 @worker_shutting_down.connect

@@ -49,7 +49,7 @@ class Heartbeat(threading.Thread):
         self.canceled: set[UUID] = set()
         self.lost: set[UUID] = set()
         self.draining = False
-        self.opening = False  # a network: for once, nothing has to follow upon anything
+        self.opening = False  # a network or an index: for once, nothing has to follow upon anything
 
     def alive(self) -> None:
         """Something was done."""

@@ -24,13 +24,21 @@ class Running:
 
 
 def choose(
-    waiting: Sequence[Kind], running: Mapping[str, Running], servable: Collection[str]
+    waiting: Sequence[Kind],
+    running: Mapping[str, Running],
+    servable: Collection[str],
+    patch_sets: Collection[str],
 ) -> list[str]:
     """The batch keys to claim jobs of now, the most urgent first.
 
-    `waiting` is in order of urgency; `servable` names the models that this worker has.
+    `waiting` is in order of urgency; `servable` and `patch_sets` name the models and the patch
+    sets that this worker has.
     """
-    waiting = [kind for kind in waiting if kind.model in servable]
+    waiting = [
+        kind
+        for kind in waiting
+        if kind.model in servable and (kind.patch_set is None or kind.patch_set in patch_sets)
+    ]
     if not waiting:
         return []
     in_flight = {key for key, now in running.items() if now.jobs}

@@ -1,4 +1,5 @@
-"""What nobody else looks after: expired leases, unheard bells, and what retention deletes.
+"""What nobody else looks after: expired leases, unheard bells, jobs whose patch set is gone, and
+what retention deletes.
 
 Run as `python -m worker.reconciler`. Any number may run: an advisory lock lets one act at a time.
 """
@@ -51,7 +52,9 @@ class Reconciler:
                 expired := queue.expire(connection, self._settings.max_crashes, lease)
             ):
                 log.warning("leases ran out", jobs=expired)
-            waiting, listeners = bool(queue.kinds(connection)), workers.live(connection)
+            waiting, listeners = queue.kinds(connection), workers.live(connection)
+            if stranded := queue.strand(connection, waiting, self._settings.patch_set_grace):
+                log.warning("patch sets are gone for which jobs waited", jobs=stranded)
         if time.monotonic() - self._swept > SWEEP_EVERY:
             self._sweep()
         if waiting:

@@ -9,8 +9,9 @@ only get in each other's way.
 
 import os
 import time
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID, uuid4
@@ -24,9 +25,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from core import artifacts, images, models
 from core.engine import Group
-from core.errors import CoreError
+from core.errors import CoreError, UnknownName
 from core.job import Job, is_out_of_memory, prepare
+from core.memory import MemoryBusy
 from core.outcome import Outcome, measure
+from core.patches.library import Library
+from core.patches.sets import PatchSetBusy
 from core.spec import CollisionSpec
 from store import queue, workers
 from store.database import connect
@@ -35,6 +39,7 @@ from store.settings import Settings
 from worker.artist import Artist, Pictures
 from worker.bench import Bench
 from worker.heartbeat import Heartbeat
+from worker.patches import PatchSets
 from worker.plan import Running, choose
 from worker.station import Interrupted, State, Station
 from worker.timing import Stages
@@ -96,6 +101,8 @@ class Runner:
         self._opened: dict[str, float] = {}  # since when a kind has had jobs here
         self._held: dict[UUID, Held] = {}
         self._servable = {model.name for model in models.listed()}
+        self._patch_sets = PatchSets(self._database, slot)
+        self._library = Library()  # the loop's own, with indices
         name = torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
         self._beat = Heartbeat(self._database, settings, self._id, slot, name)
         self._stages = Stages()
@@ -113,8 +120,11 @@ class Runner:
         wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
     )
     def _register(self) -> None:
+        patch_sets = self._patch_sets.look()
         with self._database.begin() as connection:
             workers.register(connection, self._id, self._slot, self._beat.device)
+            # Together: who is there has then told of its sets, and others are refused.
+            workers.report_patch_sets(connection, self._slot, patch_sets)
             queue.expire(connection, self._settings.max_crashes, self._settings.lease)
             wanted = queue.checkpoints(connection)
         kept = {checkpoint_path(self._settings.checkpoint_dir, sha256) for sha256 in wanted}
@@ -127,8 +137,13 @@ class Runner:
         """Enters this worker in the store and starts its threads."""
         self._register()
         self._beat.start()
+        self._patch_sets.start()
         self._writer.start()
         log.info("worker ready", slot=self._slot, device=self._beat.device)
+
+    def close(self) -> None:
+        """Ends the processes that search for patches."""
+        self._library.close()
 
     def drain(self) -> None:
         """Runs jobs until none is left, or until this worker is to end."""
@@ -205,7 +220,8 @@ class Runner:
         taken: list[Claimed] = []
         try:
             with self._database.begin() as connection:
-                for key in choose(queue.kinds(connection), running, self._servable):
+                kinds = queue.kinds(connection)
+                for key in choose(kinds, running, self._servable, self._patch_sets.names):
                     now = running.get(key)
                     if len(taken) >= places:
                         break
@@ -247,16 +263,23 @@ class Runner:
     def _take(self, fresh: Fresh) -> None:
         """Opens a job's network, prepares the job and admits it."""
         claimed = fresh.claimed
+        if claimed.batch_key.startswith(queue.ALONE):
+            wait(self._measuring)
         try:
             spec = CollisionSpec.model_validate(claimed.spec)
             station = self._station(claimed.batch_key, spec)
             shape = station.subject.model.preprocessing
+            if spec.patch_set is not None and not self._has(spec.patch_set, claimed):
+                return
             job = prepare(
                 station.subject,
                 spec,
                 images.load(claimed.source[0], fresh.source, shape),
                 images.load(claimed.target[0], fresh.target, shape),
                 key=str(claimed.lease.token),
+                library=self._library,
+                on_part=self._beat.alive,
+                company=self._company,
             )
         except Exception as error:
             self._fail(claimed, error)
@@ -270,19 +293,35 @@ class Runner:
         self._held[claimed.lease.token] = Held(claimed, job, station)
         log.info("began", job=str(claimed.lease.job_id), attempt=claimed.attempt)
 
+    def _has(self, patch_set: str, claimed: Claimed) -> bool:
+        """Loads a set's index; hands a job back whose set has gone since it was claimed."""
+        try:
+            with self._opening():
+                self._library.neighbours(patch_set)
+        except (PatchSetBusy, UnknownName) as error:
+            self._writer.release(claimed.lease, str(error))
+            return False
+        return True
+
     def _station(self, batch_key: str, spec: CollisionSpec) -> Station:
         if batch_key not in self._stations:
-            self._beat.opening = True  # a download is no step, but takes its time
-            try:
+            with self._opening():
                 subject = self._bench.subject(spec)
-            finally:
-                self._beat.opening = False
-                self._beat.alive()
             station = Station(subject, spec, self._on_step)
             for idle in [key for key, other in self._stations.items() if not other.rows]:
                 del self._stations[idle]
             self._stations[batch_key] = station
         return self._stations[batch_key]
+
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        """A network that is downloaded, or an index: no step, but it takes its time."""
+        self._beat.opening = True
+        try:
+            yield
+        finally:
+            self._beat.opening = False
+            self._beat.alive()
 
     def _on_step(self) -> None:
         self._beat.alive()
@@ -436,7 +475,16 @@ class Runner:
         self._held.clear()
         self._writer.join_all()
 
+    @property
+    def _company(self) -> bool:
+        """Whether other jobs hold memory here."""
+        return bool(self._held) or any(not measured.done() for measured in self._measuring)
+
     def _fail(self, claimed: Claimed, error: BaseException) -> None:
+        busy = isinstance(error, MemoryBusy) or (is_out_of_memory(error) and self._company)
+        if busy:  # it may fit when nobody else is here
+            self._writer.release(claimed.lease, str(MemoryBusy()), alone=True)
+            return
         if isinstance(error, CoreError):
             code, message = error.code, str(error)
         elif isinstance(error, TimeoutError):

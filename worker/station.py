@@ -2,13 +2,15 @@
 
 Anything that goes wrong in a step halves the rows: what is taken out waits, in the state it had,
 and goes on later. So memory that runs out costs time but no job, and a job that breaks every step
-it takes part in ends alone.
+it takes part in ends alone. Jobs of patches take more memory than their rows tell: they count as
+many rows as it is worth.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import structlog
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 from core.capacity import rows_worth
 from core.engine import SMALL_IMAGE, Group, UnfitState
 from core.job import Job, Subject
+from core.memory import free
 from core.spec import CollisionSpec
 
 log = structlog.get_logger(__name__)
@@ -25,6 +28,8 @@ State = Mapping[str, Tensor]
 THREADS = torch.get_num_threads()
 # Strides without trouble after which twice as many rows are tried again.
 RECOVERY = 100
+# Of the memory that is free when it opens, what the rows of a station may take.
+SHARE = 0.4
 
 
 class Interrupted(Exception):
@@ -48,25 +53,29 @@ class Station:
         small = math.prod(subject.model.input_shape) <= SMALL_IMAGE
         self.threads = 1 if small else THREADS
         torch.set_num_threads(self.threads)
-        self.capacity = rows_worth(subject, spec)
+        self._budget = SHARE * free(subject.device)
+        self.capacity = rows_worth(subject, spec, self._budget)
         self.limit = self.capacity
         log.info("a network is open", model=spec.model, layer=spec.layer, rows=self.capacity)
         self.spent = 0.0  # seconds of this worker's time, for the turns between kinds
         self._engine = subject.engine(spec, on_step)
         self._waiting: deque[tuple[Group, State | None]] = deque()
+        self._weights: WeakKeyDictionary[Group, int] = WeakKeyDictionary()
         self._quiet = 0
 
     @property
     def rows(self) -> int:
         """In flight, in the engine or waiting for it."""
-        groups = [*self._engine.groups, *(group for group, _ in self._waiting)]
-        return sum(group.spec.rows for group in groups)
+        return sum(self._weights[group] for group in self._groups)
 
     @property
     def room(self) -> int:
         """Rows to be claimed; none where so few are free that claiming them costs more."""
-        free = self.limit - self.rows
-        return free if free >= self.limit // 4 else 0
+        left = self.limit - self.rows
+        if left < self.limit // 4:
+            return 0
+        # What comes is taken to be like the heaviest of what is here.
+        return int(left / max((self._weights[g] / g.spec.rows for g in self._groups), default=1))
 
     def runs(self, group: Group) -> bool:
         """Whether a job is in the engine."""
@@ -74,6 +83,7 @@ class Station:
 
     def admit(self, job: Job, state: State | None) -> None:
         """Lets a job join, where `state` left it."""
+        self._weights[job.group] = self._weight(job.group)
         self._waiting.append((job.group, state))
 
     def advance(self) -> tuple[list[Group], list[Broken]]:
@@ -107,13 +117,23 @@ class Station:
         """Where a job in the engine stands."""
         return self._engine.state_of(group.key)
 
+    @property
+    def _groups(self) -> list[Group]:
+        return [*self._engine.groups, *(group for group, _ in self._waiting)]
+
+    def _weight(self, group: Group) -> int:
+        """The rows of a job, or as many as would take its memory."""
+        windows = group.patches.windows if group.patches else None
+        taken = self.subject.footprint.steps(group.spec, windows)
+        return max(group.spec.rows, math.ceil(self.capacity * taken / self._budget))
+
     def _fill(self) -> list[Broken]:
         """Admits what there is room for; who cannot be."""
-        rows = sum(group.spec.rows for group in self._engine.groups)
+        rows = sum(self._weights[group] for group in self._engine.groups)
         while self._waiting:
             group, state = self._waiting[0]
-            rows += group.spec.rows
-            if rows > self.limit and rows > group.spec.rows:
+            rows += self._weights[group]
+            if rows > self.limit and rows > self._weights[group]:
                 break
             self._waiting.popleft()
             try:
@@ -132,7 +152,7 @@ class Station:
     def shrink(self) -> bool:
         """Takes half of the jobs out of the engine, to wait; whether there was any."""
         groups = self._engine.groups
-        rows = sum(group.spec.rows for group in groups)
+        rows = sum(self._weights[group] for group in groups)
         self._quiet, self.limit = 0, max(1, rows // 2)
         for group in groups[len(groups) // 2 :]:
             self._waiting.append((group, self._engine.withdraw(group.key)))

@@ -93,11 +93,14 @@ class Writer(threading.Thread):
         """A job without a result."""
         self._todo.put(lambda: self._fail(lease, code, message))
 
-    def release(self, lease: Lease, reason: str) -> None:
-        """A job to be handed back."""
+    def release(self, lease: Lease, reason: str, *, alone: bool = False) -> None:
+        """A job to be handed back, and run `alone` next time if that is asked."""
 
         def hand_back() -> None:
-            self._ask([lease], lambda connection: queue.release(connection, [lease], reason))
+            self._ask(
+                [lease],
+                lambda connection: queue.release(connection, [lease], reason, alone=alone),
+            )
 
         self._todo.put(lambda: self._end(lease, hand_back))
 

@@ -4,8 +4,8 @@ A simple index sorts the N points by their projection on a random unit vector; m
 composite index, of which there are L. Algorithm 2 of the paper walks outwards from the query's
 projections with a priority queue that always visits the projection nearest to the query's; a point
 that all m simple indices of a composite index have visited is a candidate there. Each composite
-index stops at `retrieve` candidates (the paper's k0) or `visit` visits (k1), and the union of the
-candidates is ranked by true distances.
+index stops at `retrieve` candidates (the paper's k0) or `visit` visits (k1). Their union is what
+the caller ranks by true distances.
 
 Nothing is visited one by one here, and the candidates are the same. The queue visits in the order
 of |p_j - q_j|, so a point is complete when the queue's frontier reaches its distance
@@ -17,33 +17,28 @@ then by point, then by simple index.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import CoreError, InvalidSpec
+from core.patches.sets import sync, write_whole
 
 FORMAT = 1
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
 
-# (query [D], ids [C]) -> the Euclidean distances [C] of those points to the query.
-Distances = Callable[[NDArray[Any], Ids], Floats]
-
-# What one step holds: 32 MB of vectors in float64 where they are projected, 1 MB where they are
-# compared (which a processor's cache takes), 16384 points of a window, 64 queries' windows.
-_PROJECTED = 1 << 22
-_COMPARED = 1 << 18
+# What one step holds: 16384 points of a window, 64 queries' windows.
 _WINDOW = 1 << 14
 _QUERIES = 64
 
-# A window of more than 1/8 of the points is slower to follow, its points being scattered over the
-# other lines' projections, than all points are to scan in a row.
-_FOLLOW = 8
+# A window of more than 1/4 of the points is slower to follow, its points being scattered over the
+# other lines' projections, than all points are to go through in a row.
+_FOLLOW = 4
 
 # Points by whose distances a first radius is chosen.
 _SAMPLE = 4096
@@ -71,47 +66,6 @@ class PrioritizedDCI:
         sample = np.linspace(0, self.points - 1, min(self.points, _SAMPLE)).astype(np.int64)
         self._sample = np.asarray(projections[:, :, sample])
 
-    @classmethod
-    def build(
-        cls,
-        vectors: NDArray[Any] | Iterable[NDArray[Any]],
-        *,
-        simple: int,
-        composite: int,
-        seed: int,
-    ) -> Self:
-        """The index of `vectors` [N, D], or of blocks [n, D] that follow each other.
-
-        `composite` indices of `simple` indices each. The vectors are read once, a part at a time;
-        what is kept, and held meanwhile, is `bytes_per_point`.
-
-        Raises:
-            InvalidSpec: there are no vectors, they are not all of one size, or not finite.
-        """
-        if simple < 1 or composite < 1:
-            raise InvalidSpec("An index needs at least one simple and one composite index.")
-        directions: Floats = np.empty((composite, simple, 0))
-        parts: list[NDArray[np.float32]] = []
-        for block in _blocks(vectors):
-            if not parts:
-                drawn = np.random.default_rng(seed).normal(size=(composite, simple, block.shape[1]))
-                directions = drawn / np.linalg.norm(drawn, axis=2, keepdims=True)
-            parts.append(_project(block, directions))
-        if not parts:
-            raise InvalidSpec("An index of no points cannot be built.")
-        parts.reverse()
-        points = sum(part.shape[2] for part in parts)
-        projections = np.empty((composite, simple, points), np.float32)
-        filled = 0
-        while parts:  # each part goes as it is copied: there is no second copy of them all
-            part = parts.pop()
-            projections[:, :, filled : filled + part.shape[2]] = part
-            filled += part.shape[2]
-        order = np.empty(projections.shape, np.int32 if points < 2**31 else np.int64)
-        for index in np.ndindex(composite, simple):
-            order[index] = np.argsort(projections[index], kind="stable")
-        return cls(directions, projections, order)
-
     @property
     def composite(self) -> int:
         """L."""
@@ -137,50 +91,6 @@ class PrioritizedDCI:
         """What a point takes in the index; the directions are shared."""
         entry = self.projections.itemsize + self.order.itemsize
         return self.composite * self.simple * int(entry)
-
-    def query(
-        self,
-        queries: NDArray[Any],
-        k: int,
-        *,
-        distances: NDArray[Any] | Distances,
-        retrieve: int,
-        visit: int | None = None,
-        exclude: NDArray[np.bool_] | None = None,
-    ) -> tuple[Ids, Floats]:
-        """The `k` candidates nearest to each of `queries` [Q, D]: ids and distances, [Q, k].
-
-        Distances are Euclidean and ascend; equal ones are in the order of ids. `distances` are
-        the vectors [N, D] that were indexed, or a function that gives distances to them.
-        `retrieve`, `visit` and `exclude` are those of `candidates`. Where `visit` ended the search
-        before `k` candidates, -1 and infinity fill the row.
-
-        Raises:
-            InvalidSpec: `k` is more than `retrieve` or than the points there are, or a size is
-                wrong.
-        """
-        available = self.points if exclude is None else int(np.count_nonzero(~exclude))
-        if not 1 <= k <= min(retrieve, available):
-            raise InvalidSpec(
-                f"{k} neighbours cannot be chosen: there are {available} points, of which "
-                f"{retrieve} are retrieved."
-            )
-        if not callable(distances) and distances.shape != (self.points, self.dimensions):
-            raise InvalidSpec(
-                f"The vectors to compare with are {distances.shape}, but the index is of "
-                f"{(self.points, self.dimensions)}."
-            )
-        measure = distances if callable(distances) else _euclidean(distances)
-        found = np.full((len(queries), k), -1, np.int64)
-        far = np.full((len(queries), k), np.inf)
-        near = self.candidates(queries, retrieve=retrieve, visit=visit, exclude=exclude)
-        for row, (query, ids) in enumerate(zip(queries, near, strict=True)):
-            measured = measure(query, ids)
-            # `ids` ascend, and equal distances stay in that order.
-            nearest = np.argsort(measured, kind="stable")[:k]
-            found[row, : len(nearest)] = ids[nearest]
-            far[row, : len(nearest)] = measured[nearest]
-        return found, far
 
     def candidates(
         self,
@@ -212,7 +122,7 @@ class PrioritizedDCI:
             )
         found: list[Ids] = []
         for start in range(0, len(queries), _QUERIES):
-            projected = _project(queries[start : start + _QUERIES], self.directions)
+            projected = project(queries[start : start + _QUERIES], self.directions)
             found += self._search(np.moveaxis(projected, 2, 0), retrieve, visit, exclude)
         return found
 
@@ -284,28 +194,28 @@ class PrioritizedDCI:
         scanned = (last - first) * _FOLLOW > self.points
         if scanned:
             first, last = 0, self.points
-        projections = self.projections[composite]
+        projections, order = (
+            np.asarray(array[composite]) for array in (self.projections, self.order)
+        )
         kept: Ids = np.empty(0, np.int64)
         kept_distance = np.empty(0, np.float32)
         for at in range(first, last, _WINDOW):
-            block = slice(at, min(at + _WINDOW, last))
-            if scanned:
-                distance = np.abs(projections[:, block] - centre[:, None]).max(0)
-                inside = np.flatnonzero(distance <= radius)
-                ids, distance = inside + at, distance[inside]
-            else:
-                ids = self.order[composite, lines[0], block].astype(np.int64)
-                distance = np.zeros(len(ids), np.float32)
-                for line in lines:
-                    away = np.abs(projections[line].take(ids) - centre[line])
-                    inside = np.flatnonzero(away <= radius)
-                    ids = ids[inside]
-                    distance = np.maximum(distance[inside], away[inside])
+            end_at = min(at + _WINDOW, last)
+            ids = np.arange(at, end_at)
+            if not scanned:
+                ids = order[lines[0], at:end_at].astype(np.int64)
+            distance = np.zeros(len(ids), np.float32)
+            for line in lines:
+                away = np.abs(projections[line].take(ids) - centre[line])
+                inside = np.flatnonzero(away <= radius)
+                ids = ids[inside]
+                distance = np.maximum(distance[inside], away[inside])
             if exclude is not None:
                 ids, distance = ids[~exclude[ids]], distance[~exclude[ids]]
             kept = np.concatenate([kept, ids])
             kept_distance = np.concatenate([kept_distance, distance])
-            if len(kept) > retrieve:
+            # Sorting is worth its time where many are dropped, and at the end.
+            if len(kept) > (retrieve if end_at == last else 2 * retrieve):
                 nearest = np.lexsort((kept, kept_distance))[:retrieve]
                 kept, kept_distance = kept[nearest], kept_distance[nearest]
                 radius = kept_distance[-1]  # nothing farther comes in any more
@@ -386,15 +296,6 @@ class PrioritizedDCI:
         start, end = low
         return start, np.maximum(start, end)
 
-    def save(self, path: Path) -> None:
-        """Writes the index to the folder `path`: three `.npy` files, and `dci.json` at the end."""
-        path.mkdir(parents=True, exist_ok=True)
-        header = path / "dci.json"
-        header.unlink(missing_ok=True)  # until the arrays are whole, there is no index
-        for name in ("directions", "projections", "order"):
-            np.save(path / f"{name}.npy", getattr(self, name), allow_pickle=False)
-        header.write_text(json.dumps({"format": FORMAT}))
-
     @classmethod
     def load(cls, path: Path) -> Self:
         """The index in the folder `path`, its large arrays memory-mapped.
@@ -422,25 +323,14 @@ class PrioritizedDCI:
         return cls(directions, projections, order)
 
 
-def _blocks(vectors: NDArray[Any] | Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
-    """Parts [n, D] of the vectors, small enough to be projected."""
-    # What has a shape is one array, be it in memory or mapped from a file.
-    arrays = [cast(NDArray[Any], vectors)] if hasattr(vectors, "shape") else vectors
-    dimensions = None
-    for array in arrays:
-        if array.ndim != 2 or 0 in array.shape[1:]:
-            raise InvalidSpec(f"Vectors to index are [N, D], but these are {array.shape}.")
-        if array.shape[1] != (dimensions or array.shape[1]):
-            raise InvalidSpec(
-                f"A block has vectors of {array.shape[1]} numbers, the first had {dimensions}."
-            )
-        dimensions = array.shape[1]
-        rows = max(1, _PROJECTED // dimensions)
-        for start in range(0, len(array), rows):
-            yield array[start : start + rows]
+def draw(dimensions: int, *, simple: int, composite: int, seed: int) -> Floats:
+    """Random directions [L, m, D]: `composite` indices of `simple` lines each, in R^D."""
+    drawn = np.random.default_rng(seed).normal(size=(composite, simple, dimensions))
+    directions: Floats = drawn / np.linalg.norm(drawn, axis=2, keepdims=True)
+    return directions
 
 
-def _project(vectors: NDArray[Any], directions: Floats) -> NDArray[np.float32]:
+def project(vectors: NDArray[Any], directions: Floats) -> NDArray[np.float32]:
     """The projections [L, m, n] of `vectors` [n, D] on `directions` [L, m, D]."""
     # In float64 before they are rounded: how BLAS orders a sum depends on where in a block a
     # vector stands, and equal vectors should have equal projections.
@@ -452,22 +342,28 @@ def _project(vectors: NDArray[Any], directions: Floats) -> NDArray[np.float32]:
     return rounded
 
 
-def _euclidean(vectors: NDArray[Any]) -> Distances:
-    # In float32 where the numbers are bytes or floats of that size. The squares of 256 differences
-    # of bytes add up without rounding there; what 256 make is added in float64.
-    dimensions = vectors.shape[1]
-    rows = max(1, _COMPARED // dimensions)
-    parts = math.ceil(dimensions / 256)
+def write(
+    path: Path, directions: Floats, points: int, lines: Iterable[NDArray[np.float32]]
+) -> None:
+    """Writes an index to the folder `path`: three `.npy` files, and `dci.json` at the end.
 
-    def distances(query: NDArray[Any], ids: Ids) -> Floats:
-        dtype = np.result_type(vectors, query, np.float32)
-        apart = np.zeros((rows, parts * 256), dtype)
-        squared = np.empty(len(ids))
-        for start in range(0, len(ids), rows):
-            near = vectors[ids[start : start + rows]]
-            np.subtract(near, query, out=apart[: len(near), :dimensions], dtype=dtype)
-            split = apart[: len(near)].reshape(-1, parts, 256)
-            squared[start : start + rows] = np.vecdot(split, split).sum(1, dtype=np.float64)
-        return np.sqrt(squared)
-
-    return distances
+    `lines` has the projections [N] of all `points` on each of `directions` [L, m, D], in order. No
+    more than one of them, and its order, is in memory.
+    """
+    header = path / "dci.json"
+    header.unlink(missing_ok=True)  # until the arrays are whole, there is no index
+    with (path / "directions.npy").open("wb") as file:
+        np.save(file, directions, allow_pickle=False)
+        sync(file)
+    order_type = np.int32 if points < 2**31 else np.int64
+    with (path / "projections.npy").open("wb") as stored, (path / "order.npy").open("wb") as order:
+        shape = (*directions.shape[:2], points)
+        for file, dtype in ((stored, np.float32), (order, order_type)):
+            described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, described)
+        for line in lines:
+            stored.write(line.data)
+            order.write(np.argsort(line, kind="stable").astype(order_type).data)
+        sync(stored)
+        sync(order)
+    write_whole(header, json.dumps({"format": FORMAT}).encode())

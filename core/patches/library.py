@@ -27,16 +27,18 @@ class Library:
         """All that can be used now, by name."""
         usable = []
         for name in sets.names(self._root):
+            if self._stamp(name) is None:  # unfinished: to ask who builds it would be in their way
+                continue
             try:
                 usable.append(self.open(name))
-            except CoreError:  # unfinished, damaged, or deleted meanwhile
+            except CoreError:  # damaged, or deleted meanwhile
                 continue
         self._sets = {patches.name: self._sets[patches.name] for patches in usable}
         return usable
 
     def open(self, name: str) -> PatchSet:
         """Raises as `open_set` does."""
-        stamp = _stamp((self._root or sets.default_root()) / name / sets.MANIFEST)
+        stamp = self._stamp(name)
         if stamp is None or name not in self._sets or self._sets[name][0] != stamp:
             self._forget(name)
             opened = sets.open_set(name, self._root)
@@ -70,11 +72,10 @@ class Library:
         if name in self._searched:
             self._searched.pop(name).close()
 
-
-def _stamp(path: Path) -> _Stamp | None:
-    """What changes when a file is written again; null for none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
+    def _stamp(self, name: str) -> _Stamp | None:
+        """What changes when a set's manifest is written again; null where there is none."""
+        try:
+            status = os.stat((self._root or sets.default_root()) / name / sets.MANIFEST)
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns, status.st_size

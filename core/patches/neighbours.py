@@ -1,10 +1,11 @@
 """The nearest patches of a set: pixel Euclidean distance, the paper's metric.
 
 Every index gives candidates, which are then ranked by their real pixels. Small sets are searched
-exactly, block by block. Larger ones are projected onto their principal components (97 % of the
-energy of patches of photographs lies in 64 of 3072), where faiss keeps an inverted file of
-product-quantised vectors, of 40 bytes a patch. A projection only shortens distances, so that a
-patch near in pixels is near there, too.
+exactly, block by block. Larger ones have one of two indices. For faiss they are projected onto
+their principal components (97 % of the energy of patches of photographs lies in 64 of 3072), where
+it keeps an inverted file of product-quantised vectors, of 40 bytes a patch. Prioritized DCI, the
+paper's choice, keeps projections of the pixels on random lines, of 240 bytes a patch. Projections
+only shorten distances, so that a patch near in pixels is near there, too.
 """
 
 import math
@@ -21,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import CoreError, UnknownName
-from core.patches import faiss_process
+from core.patches import dci, faiss_process
+from core.patches.dci import PrioritizedDCI, UnreadableIndex
 from core.patches.faiss_process import Arrays, receive, send
 from core.patches.sets import (
     AGAIN,
@@ -48,6 +50,12 @@ QUERIES = 256  # searched for at a time: seconds, where there are many patches
 LEAST_PROBES, MOST_PROBES = 16, 64
 LEAST_TRAINING = 256 * faiss_process.CODE_SAMPLES  # patches: a byte is one of 256 centroids
 PACKED = 2**20  # codes that go to faiss at a time
+SIMPLE, COMPOSITE = 15, 2  # lines of a composite index of DCI, and how many such indices
+# Candidates of a composite index for so many patches. It grows with the power 0.8 of these: with
+# that, recall@1 on held-out photographs was as high at a million (benchmarks/dci.py).
+RETRIEVED, RETRIEVED_OF = 1000, 100_000
+COMPARED = 2**20  # bytes of patches as floats whose distances are taken at a time: a cache's
+UNROUNDED = 256  # differences of bytes whose squares add up in float32 without rounding
 MIDDLE = np.float32(128)  # taken from pixels, so that their squares, and what rounds, are smaller
 
 
@@ -64,11 +72,12 @@ class IndexFailed(CoreError):
 
 
 class Index(Protocol):
-    """A way to find candidates; DCI would be another one, and stand in KINDS."""
+    """A way to find candidates, which stands in KINDS."""
 
     memory: int  # bytes
 
-    def __init__(self, patches: PatchSet) -> None: ...
+    def __init__(self, patches: PatchSet) -> None:
+        """Opens the set's index. Raises UnreadableIndex, or KeyError for a parameter it lacks."""
 
     @classmethod
     def build(cls, patches: PatchSet, seed: int, report: Report) -> dict[str, Any]:
@@ -77,10 +86,10 @@ class Index(Protocol):
         Returns its parameters, which are found again in `patches.manifest.index`.
         """
 
-    def candidates(self, queries: Bytes, count: int, excluded: Ids) -> Ids:
-        """Ids [Q, at least count] near to queries [Q, D], of no image in `excluded` [E].
+    def candidates(self, queries: Bytes, count: int, excluded: Ids) -> Iterable[Ids]:
+        """For each of queries [Q, D] ids near to it, of no image in `excluded` [E].
 
-        Where there are fewer, -1 stands in their place.
+        At least `count`; -1 may stand among them.
         """
 
     def close(self) -> None: ...
@@ -95,11 +104,13 @@ class Neighbours:
     def __init__(self, patches: PatchSet) -> None:
         self.patches = patches
         kind = patches.manifest.index["kind"]
-        if kind not in KINDS:
+        try:
+            self.index = KINDS[kind](patches)
+        except (KeyError, UnreadableIndex) as error:
             raise PatchSetUnusable(
-                f"The patch set {patches.name!r} has an index of another version ({kind!r}){AGAIN}"
-            )
-        self.index = KINDS[kind](patches)
+                f"The patch set {patches.name!r} has an index that is damaged or of another "
+                f"version ({kind!r}){AGAIN}"
+            ) from error
 
     def nearest(
         self,
@@ -149,8 +160,14 @@ class Neighbours:
     def _ranked(self, query: Bytes, ids: Ids, k: int) -> tuple[Ids, NDArray[np.float64]]:
         """The k nearest to `query` [D] of the patches `ids`, and their squared distances."""
         ids = np.sort(ids)
-        apart = self.patches.flat(ids).astype(np.float64) - query
-        squares = np.einsum("pd,pd->p", apart, apart)  # of integers, so exact
+        rows, width = max(1, COMPARED // (4 * len(query))), math.ceil(len(query) / UNROUNDED)
+        apart = np.zeros((rows, width * UNROUNDED), np.float32)
+        squares = np.empty(len(ids))
+        for start in range(0, len(ids), rows):
+            near = self.patches.flat(ids[start : start + rows])
+            np.subtract(near, query, out=apart[: len(near), : len(query)], dtype=np.float32)
+            parts = apart[: len(near)].reshape(-1, width, UNROUNDED)
+            squares[start : start + rows] = np.vecdot(parts, parts).sum(1, dtype=np.float64)
         order = np.argsort(squares, kind="stable")[:k]
         return ids[order], squares[order]
 
@@ -258,7 +275,14 @@ class InvertedFile:
         path = patches.folder / self.FILE
         self.memory = path.stat().st_size + self.projection.memory
         self.faiss = Faiss()
-        self.faiss.ask("load", path=str(path))
+        try:
+            self.faiss.ask("load", path=str(path))
+        except IndexFailed as error:
+            ended = self.faiss.process.poll() is not None
+            self.faiss.close()
+            if ended or "MemoryError" in str(error):  # nothing is wrong with the file
+                raise
+            raise UnreadableIndex(str(error)) from error
 
     @classmethod
     def build(cls, patches: PatchSet, seed: int, report: Report) -> dict[str, Any]:
@@ -278,7 +302,12 @@ class InvertedFile:
                     with replacing(trained) as temporary:
                         faiss.ask("train", vectors, lists=lists, codes=codes, path=str(temporary))
                 ((_, width),) = faiss.ask("load", path=str(trained))
-                cls._encode(patches, projection, faiss, encoded, width, report)
+
+                def encode(flat: Bytes) -> Bytes:
+                    (codes,) = faiss.ask("encode", projection(flat))
+                    return codes
+
+                _append(patches, encoded, encode, width, report)
                 with replacing(index) as temporary:
                     stored: Bytes = np.memmap(encoded, np.uint8, "r").reshape(-1, width)
                     for first in range(0, len(stored), PACKED):
@@ -294,27 +323,6 @@ class InvertedFile:
             "probes": probe_count(lists),
         }
 
-    @staticmethod
-    def _encode(
-        patches: PatchSet,
-        projection: Projection,
-        faiss: "Faiss",
-        path: Path,
-        width: int,
-        report: Report,
-    ) -> None:
-        """Appends the codes of all patches to a file, from where it ends."""
-        size = _rows(patches) * width
-        with path.open("ab") as file:
-            # Without its last block: if the machine lost power, that may be of zeros.
-            done = max(0, file.tell() // size - 1)
-            file.truncate(done * size)
-            for ids in _blocks(patches, done):
-                report("patches", int(ids[0]), len(patches))
-                (codes,) = faiss.ask("encode", projection(patches.flat(ids)))
-                file.write(codes.tobytes())
-                sync(file)
-
     def candidates(self, queries: Bytes, count: int, excluded: Ids) -> Ids:
         ranges = np.stack([excluded, excluded + 1], axis=1) * self.patches.per_image
         (found,) = self.faiss.ask(
@@ -329,9 +337,61 @@ class InvertedFile:
         self.faiss.close()
 
 
+class RandomLines:
+    """Prioritized DCI on the pixels, as the paper has it; its files are mapped into memory."""
+
+    PROJECTED, WRITTEN = "projected.f32", "dci.json"
+
+    def __init__(self, patches: PatchSet) -> None:
+        self.patches = patches
+        self.retrieve: int = patches.manifest.index["retrieve"]
+        self.dci = PrioritizedDCI.load(patches.folder)
+        if (self.dci.points, self.dci.dimensions) != (len(patches), patches.geometry.values):
+            raise UnreadableIndex(f"The index in {patches.folder} is not of the patches there.")
+        self.memory = len(patches) * self.dci.bytes_per_point + self.dci.directions.nbytes
+
+    @classmethod
+    def build(cls, patches: PatchSet, seed: int, report: Report) -> dict[str, Any]:
+        projected = patches.folder / cls.PROJECTED
+        if not (patches.folder / cls.WRITTEN).is_file():
+            directions = dci.draw(
+                patches.geometry.values, simple=SIMPLE, composite=COMPOSITE, seed=seed
+            )
+
+            def project(flat: Bytes) -> Floats:
+                return dci.project(flat, directions)
+
+            _append(patches, projected, project, 4 * SIMPLE * COMPOSITE, report)
+            lines = cls._lines(patches, np.memmap(projected, np.float32, "r"), report)
+            dci.write(patches.folder, directions, len(patches), lines)
+        projected.unlink(missing_ok=True)
+        retrieve = retrieve_count(len(patches))
+        return {"simple": SIMPLE, "composite": COMPOSITE, "retrieve": retrieve}
+
+    @staticmethod
+    def _lines(patches: PatchSet, projected: Floats, report: Report) -> Iterator[Floats]:
+        """All patches' projections [P] on one line after the other; the file has them by block."""
+        count = SIMPLE * COMPOSITE
+        for line in range(count):
+            report("sorting", line, count)
+            starts = ((count * ids[0] + line * len(ids), len(ids)) for ids in _blocks(patches))
+            yield np.concatenate([projected[start : start + size] for start, size in starts])
+
+    def candidates(self, queries: Bytes, count: int, excluded: Ids) -> list[Ids]:
+        hidden = np.isin(np.arange(len(self.patches.manifest.images)), excluded)
+        return self.dci.candidates(
+            queries,
+            retrieve=max(self.retrieve, 4 * count),
+            exclude=hidden.repeat(self.patches.per_image) if len(excluded) else None,
+        )
+
+    def close(self) -> None:
+        pass
+
+
 # What a set's index may be, and which kind a backend makes of a large set.
-KINDS: dict[str, type[Index]] = {"exact": Exact, "ivf-pq": InvertedFile}
-BACKENDS = {"faiss": "ivf-pq"}
+KINDS: dict[str, type[Index]] = {"exact": Exact, "ivf-pq": InvertedFile, "dci": RandomLines}
+BACKENDS = {"faiss": "ivf-pq", "dci": "dci"}
 
 
 def list_count(patches: int) -> int:
@@ -342,6 +402,11 @@ def list_count(patches: int) -> int:
 def probe_count(lists: int) -> int:
     """Lists that a search looks through: a sixteenth of them, within bounds."""
     return min(lists, max(LEAST_PROBES, min(MOST_PROBES, lists // 16)))
+
+
+def retrieve_count(patches: int) -> int:
+    """Candidates that each composite index of DCI gives."""
+    return int(RETRIEVED * max(0.5, (patches / RETRIEVED_OF) ** 0.8))
 
 
 class Faiss:
@@ -399,6 +464,25 @@ def _blocks(patches: PatchSet, done: int = 0) -> Iterator[Ids]:
     rows = _rows(patches)
     for start in range(done * rows, len(patches), rows):
         yield np.arange(start, min(start + rows, len(patches)))
+
+
+def _append(
+    patches: PatchSet,
+    path: Path,
+    code: Callable[[Bytes], NDArray[Any]],
+    width: int,
+    report: Report,
+) -> None:
+    """Appends `code` of all patches, `width` bytes each, to a file, going on where it ends."""
+    size = _rows(patches) * width
+    with path.open("ab") as file:
+        # Without its last block: if the machine lost power, that may be of zeros.
+        done = max(0, file.tell() // size - 1)
+        file.truncate(done * size)
+        for ids in _blocks(patches, done):
+            report("patches", int(ids[0]), len(patches))
+            file.write(code(patches.flat(ids)).tobytes())
+            sync(file)
 
 
 def _sample(patches: PatchSet, count: int, rng: np.random.Generator) -> Ids:

@@ -308,8 +308,15 @@ def delete(name: str, root: Path | None = None) -> None:
     folder = _existing(name, root)
     with _locked(folder):
         # At one stroke, so that no half of a set is ever found under its name.
-        gone = folder.rename(folder.with_name(f".{name}.{os.getpid()}"))
-        shutil.rmtree(gone)
+        folder.rename(folder.with_name(f".{name}.{os.getpid()}"))
+    _sweep(folder.parent)
+
+
+def _sweep(root: Path) -> None:
+    """Removes what was deleted, and what is left of deletions that were stopped."""
+    for lock in root.glob(f".*/{LOCK}"):
+        with suppress(PatchSetBusy, FileNotFoundError), _locked(lock.parent):  # or others do it
+            shutil.rmtree(lock.parent)
 
 
 def build(

@@ -5,7 +5,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -45,6 +45,17 @@ MODEL = {
         {"name": name, "names": [name], "shape": [256], "units": 256, "cut": True}
         for name in ("fc1", "fc2")
     ],
+}
+
+PATCH_SET = {
+    "name": "photos",
+    "sha256": "a" * 64,
+    "images": 6,
+    "patches": 1014,
+    "size": 16,
+    "stride": 4,
+    "resize": 64,
+    "index": "exact",
 }
 
 
@@ -182,12 +193,15 @@ def worker(service: Service) -> Iterator[Worker]:
 
 
 @contextmanager
-def serving(engine: Engine, *models: dict[str, Any]) -> Iterator[None]:
-    """A worker that is alive and has reported these models."""
+def serving(
+    engine: Engine, *models: dict[str, Any], patch_sets: Sequence[dict[str, Any]] = ()
+) -> Iterator[None]:
+    """A worker that is alive and has reported these models and patch sets."""
     worker_id, slot = uuid4(), "host-1/gpu-0"
     with engine.begin() as connection:
         workers.register(connection, worker_id, slot, "cpu")
         workers.report_models(connection, slot, models)
+        workers.report_patch_sets(connection, slot, patch_sets)
         for model in models:
             connection.execute(
                 text("UPDATE models SET layers = CAST(:layers AS jsonb) WHERE name = :name"),

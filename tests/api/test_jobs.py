@@ -15,7 +15,18 @@ from sqlalchemy import text
 from core.result import Result
 from store.settings import Settings
 
-from .conftest import JOB, MODEL, SPEC, Service, Worker, inline, png, serve, serving
+from .conftest import (
+    JOB,
+    MODEL,
+    PATCH_SET,
+    SPEC,
+    Service,
+    Worker,
+    inline,
+    png,
+    serve,
+    serving,
+)
 
 
 def submitted(client: httpx.Client, **given: Any) -> dict[str, Any]:
@@ -241,17 +252,71 @@ def test_what_no_worker_knows_is_refused_with_what_is_near(
             ({"weights": "shippd"}, "unknown_name", "shipped"),
             ({"target_class": "11"}, "unknown_name", "known"),
             ({"model": "large"}, "invalid_spec", "ask for fewer"),
-            (
-                {"parametrization": "patches", "patches": {"set": "x"}},
-                "invalid_spec",
-                "polycollide run",
-            ),
             ({"model": "wide", "objective": "hull"}, "invalid_spec", "5 points between them"),
         ):
             response = client.post("/v1/jobs", json=JOB | {"spec": SPEC | given})
             assert near in refused(response, 422, code)
         submitted(client, spec=SPEC | {"target_class": 7, "weights": "shipped"})
         submitted(client, spec=SPEC | {"model": "wide"})
+
+
+COLOUR = MODEL | {"name": "colour", "input_shape": [3, 64, 64], "layers": None}
+PATCHES = {"parametrization": "patches", "patches": {"set": "photos"}}
+OF_PATCHES = SPEC | {"model": "colour"} | PATCHES
+
+
+def test_a_job_of_patches_names_a_set_that_a_worker_has_and_fits_its_size(
+    service: Service, client: httpx.Client
+) -> None:
+    large = PATCH_SET | {"name": "large", "size": 65}
+    wide = COLOUR | {"name": "wide", "input_shape": [3, 1024, 1024]}
+    with serving(service.engine, MODEL, COLOUR, wide, patch_sets=[PATCH_SET, large]):
+        for given, code, says in (
+            ({"patches": {"set": "photo"}}, "unknown_name", "did you mean 'photos'?"),
+            ({"patches": {"set": "large"}}, "invalid_spec", "65 px do not fit"),
+            ({"patches": {"set": "photos", "stride": 17}}, "invalid_spec", "do not cover"),
+            ({"model": "mnist-mlp"}, "invalid_spec", "takes grey ones"),
+            ({"model": "wide"}, "invalid_spec", "larger stride"),
+        ):
+            job = JOB | {"spec": OF_PATCHES | {"corners": 10} | given}
+            assert says in refused(client.post("/v1/jobs", json=job), 422, code)
+            batch = client.post("/v1/batches", json={"items": [job, JOB]}).json()
+            (error,) = batch["errors"]
+            assert (error["index"], error["code"]) == (0, code) and says in error["message"]
+        submitted(client, spec=OF_PATCHES)
+    with serving(service.engine, COLOUR):  # who has none, has told so
+        response = client.post("/v1/jobs", json=JOB | {"spec": OF_PATCHES})
+        assert "There is no patch set 'photos'; known: none." in refused(
+            response, 422, "unknown_name"
+        )
+
+
+def test_without_a_worker_a_job_of_patches_is_taken_and_says_what_it_waits_for(
+    service: Service, client: httpx.Client
+) -> None:
+    url = submitted(client, spec=OF_PATCHES)["urls"]["self"]
+    batch = client.post("/v1/batches", json={"items": [JOB | {"spec": OF_PATCHES}]}).json()
+    (item,) = client.get(batch["urls"]["jobs"]).json()["jobs"]
+
+    def reasons() -> set[str]:
+        return {client.get(each).json()["status_reason"] for each in (url, item["urls"]["self"])}
+
+    assert reasons() == {"No worker is running."}
+    with serving(service.engine, COLOUR):
+        says = "No running worker that serves the model has patch set 'photos'."
+        assert reasons() == {says}
+    with serving(service.engine, COLOUR, patch_sets=[PATCH_SET]):
+        assert reasons() == {"Waits for its turn."}
+    with service.engine.begin() as connection:
+        named = text("SELECT DISTINCT patch_set FROM jobs WHERE model = 'colour'")
+        assert connection.scalars(named).all() == ["photos"]
+
+
+def test_patches_may_collide_with_their_own_source(client: httpx.Client) -> None:
+    same = {"source": JOB["source"], "target": JOB["source"], "spec": OF_PATCHES}
+    assert client.post("/v1/jobs", json=same).status_code == 202
+    batch = client.post("/v1/batches", json={"items": [same, same | {"spec": SPEC}]}).json()
+    assert [(error["index"], error["code"]) for error in batch["errors"]] == [(1, "same_image")]
 
 
 def test_a_key_may_have_only_so_many_jobs_waiting(new_settings: Callable[..., Settings]) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy import text
 
 from store.settings import Settings
 
-from .conftest import JOB, MODEL, Worker, png, serve, serving
+from .conftest import JOB, MODEL, PATCH_SET, Worker, png, serve, serving
 
 HOOKS = Path(__file__).with_name("schemathesis_hooks.py")
 
@@ -32,7 +32,10 @@ def test_the_page_of_the_docs_needs_nothing_from_afar(client: httpx.Client) -> N
 @pytest.mark.timeout(400)
 def test_schemathesis_finds_nothing(new_settings: Callable[..., Settings], tmp_path: Path) -> None:
     settings = new_settings(mode="server", watch_for=timedelta(seconds=1))
-    with serve(settings) as service, serving(service.engine, MODEL):
+    with (
+        serve(settings) as service,
+        serving(service.engine, MODEL, patch_sets=[PATCH_SET]),
+    ):
         with service.client("schemathesis") as client:
             job = client.post("/v1/jobs", json=JOB).json()
         files = {"corners_npz": b"PK", "samples_npz": b"PK", "figure_png": png()}

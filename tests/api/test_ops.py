@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
@@ -18,7 +18,7 @@ from api.cached import Cached
 from store import queue, workers
 from store.settings import Settings
 
-from .conftest import JOB, SPEC, Service, Worker, serve
+from .conftest import JOB, PATCH_SET, SPEC, Service, Worker, serve
 
 LAYERS = [
     {"name": "fc1", "kind": "relu", "shape": [256], "units": 256, "cut": True},
@@ -39,12 +39,19 @@ def model(name: str = "mnist-mlp", **given: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def slot(service: Service, name: str, *models: dict[str, Any], rate: float = 0) -> Iterator[str]:
+def slot(
+    service: Service,
+    name: str,
+    *models: dict[str, Any],
+    patch_sets: Sequence[dict[str, Any]] = (),
+    rate: float = 0,
+) -> Iterator[str]:
     """A live worker in a slot, and what it serves."""
     with service.engine.begin() as connection:
         workers.register(connection, worker := uuid4(), name, "cpu")
         workers.heartbeat(connection, worker, slot=name, device="cpu", steps_per_second=rate)
         workers.report_models(connection, name, models)
+        workers.report_patch_sets(connection, name, patch_sets)
     try:
         yield name
     finally:
@@ -138,10 +145,58 @@ def test_an_unknown_model_is_answered_with_near_names(
         assert client.get(f"/v1/models/{name}").status_code in (404, 422)
 
 
-def test_models_need_a_key_and_probes_need_none(keyed: Service) -> None:
+def test_patch_sets_are_those_of_running_workers(service: Service, client: httpx.Client) -> None:
+    assert client.get("/v1/patch-sets").json() == {"patch_sets": []}
+    birds = PATCH_SET | {"name": "birds", "index": "ivf-pq"}
+    with (
+        slot(service, "a/cpu", patch_sets=[PATCH_SET]),
+        slot(service, "b/cpu", patch_sets=[birds, PATCH_SET]),
+        slot(service, "c/cpu", patch_sets=[PATCH_SET | {"name": "silent"}]),
+    ):
+        make_stale(service, "c/cpu")
+        shown = [
+            given | {"workers": count, "differs": False, "url": f"/v1/patch-sets/{given['name']}"}
+            for given, count in ((birds, 1), (PATCH_SET, 2))
+        ]
+        assert client.get("/v1/patch-sets").json() == {"patch_sets": shown}
+        assert client.get("/v1/patch-sets/photos").json() == shown[1]
+
+
+def test_of_different_patch_sets_with_one_name_the_latest_is_shown_and_that_it_differs(
+    service: Service, client: httpx.Client
+) -> None:
+    other = PATCH_SET | {"sha256": "b" * 64, "images": 9}
+    with (
+        slot(service, "a/cpu", patch_sets=[PATCH_SET]),
+        slot(service, "b/cpu", patch_sets=[PATCH_SET]),
+        slot(service, "c/cpu", patch_sets=[other]),
+    ):
+        shown = client.get("/v1/patch-sets/photos").json()
+        assert (shown["sha256"], shown["images"]) == ("b" * 64, 9)  # the latest
+        assert (shown["workers"], shown["differs"]) == (1, True)
+        with service.engine.begin() as connection:
+            workers.report_patch_sets(connection, "c/cpu", [PATCH_SET])
+        (shown,) = client.get("/v1/patch-sets").json()["patch_sets"]
+        assert (shown["sha256"], shown["workers"], shown["differs"]) == ("a" * 64, 3, False)
+
+
+def test_an_unknown_patch_set_is_answered_with_near_names(
+    service: Service, client: httpx.Client
+) -> None:
+    with slot(service, "a/cpu", patch_sets=[PATCH_SET]):
+        response = client.get("/v1/patch-sets/photo")
+        assert (response.status_code, response.json()["code"]) == (404, "unknown_patch_set")
+        assert "did you mean 'photos'?" in response.json()["detail"]
+    for name in ("photos", "%27;%20DROP%20TABLE%20patch_sets;--", "%00", "x" * 201):
+        assert client.get(f"/v1/patch-sets/{name}").status_code in (404, 422)
+
+
+def test_models_and_patch_sets_need_a_key_and_probes_need_none(keyed: Service) -> None:
     with keyed.client() as nobody:
         assert nobody.get("/v1/models").status_code == 401
         assert nobody.get("/v1/models/mnist-mlp").status_code == 401
+        assert nobody.get("/v1/patch-sets").status_code == 401
+        assert nobody.get("/v1/patch-sets/photos").status_code == 401
         for path in ("/livez", "/readyz", "/metrics"):
             assert nobody.get(path).status_code == 200
             assert nobody.get(f"/v1{path}").status_code == 404

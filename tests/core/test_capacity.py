@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core import capacity
 from core.capacity import MOST, SECONDS, rows_worth
 from core.job import Subject
 from core.spec import CollisionSpec
 from core.taps import Tap
 
 SPEC = CollisionSpec(preset="paper-mnist")
+PLENTY = 2**40
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +41,16 @@ def hindered(subject: Subject, hinder) -> Subject:
 
 
 def test_a_small_network_is_worth_many_rows(subject):
-    assert 32 < rows_worth(subject, SPEC) <= MOST
+    assert 32 < rows_worth(subject, SPEC, PLENTY) <= MOST
 
 
 def test_rows_that_take_their_time_one_by_one_are_not_worth_more(subject):
-    assert rows_worth(hindered(subject, lambda rows: time.sleep(0.02 * rows)), SPEC) <= 16
+    assert rows_worth(hindered(subject, lambda rows: time.sleep(0.02 * rows)), SPEC, PLENTY) <= 16
 
 
 def test_a_slow_network_is_given_up_in_time(subject):
     began = time.perf_counter()
-    assert rows_worth(hindered(subject, lambda rows: time.sleep(1.5)), SPEC) == 1
+    assert rows_worth(hindered(subject, lambda rows: time.sleep(1.5)), SPEC, PLENTY) == 1
     assert time.perf_counter() - began < 2 * SECONDS
 
 
@@ -66,7 +66,7 @@ def test_rows_that_memory_does_not_hold_are_left_out(subject, error):
         if rows > 16:
             raise error
 
-    assert 1 <= rows_worth(hindered(subject, hinder), SPEC) <= 16
+    assert 1 <= rows_worth(hindered(subject, hinder), SPEC, PLENTY) <= 16
 
 
 def test_other_failures_are_not_taken_for_want_of_memory(subject):
@@ -74,10 +74,10 @@ def test_other_failures_are_not_taken_for_want_of_memory(subject):
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        rows_worth(hindered(subject, hinder), SPEC)
+        rows_worth(hindered(subject, hinder), SPEC, PLENTY)
 
 
-def test_rows_above_the_share_of_free_memory_are_left_out(subject, monkeypatch):
-    monkeypatch.setattr(capacity, "_trial", lambda *args: (0.001, 100 * len(args[1])))
-    monkeypatch.setattr(capacity, "_free", lambda device: 10_000)
-    assert rows_worth(subject, SPEC, memory_fraction=0.4) == 32
+def test_rows_that_the_budget_does_not_hold_are_left_out(subject):
+    row = subject.footprint.steps(SPEC) / SPEC.rows
+    assert rows_worth(subject, SPEC, 9 * row) == 8
+    assert rows_worth(subject, SPEC, 7 * row) == 1

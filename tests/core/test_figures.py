@@ -168,6 +168,7 @@ def test_nothing_is_written_over_anything_else(case: Case, drawn: list[Figure]) 
         crowded = case.with_corners(count, class_=name, label_8bit=4, converged=False)
         crowded.draw_result()
         crowded.draw_snapshots()
+        figures.draw_strips([strip_of(crowded)] * count, ["One line.", "And another one. " * 20])
     for figure in drawn:
         axes = figure.axes[0]
         artists: list[Any] = [*(text for text in axes.texts if text.get_text()), *axes.images]
@@ -567,6 +568,103 @@ def test_regions_are_drawn_of_images_that_have_some(case: Case) -> None:
         part = (pixels[..., :height, :] for pixels in (source, target, corners))
         drawn = figures.draw(*part, result, course, None)
         assert ("regions.png" in drawn) == (height == 64)
+
+
+def strip_of(case: Case) -> figures.Strip:
+    return figures.corner_strip(case.source, case.target, case.corners, case.result)
+
+
+def test_strips_stand_one_below_the_other_each_between_its_source_and_target(
+    case: Case, drawn: list[Figure]
+) -> None:
+    first, second = strip_of(case), strip_of(case.with_corners(3))
+    second = replace(second, source=case.target, target=case.source)
+    picture = decoded(figures.draw_strips([first, first, second], ["What it shows."]))
+    height, width, _ = picture.shape
+    assert 1000 <= width <= 1600
+    assert 300 <= height <= 2000
+    (axes,) = drawn[0].axes
+    rows: dict[float, list[Any]] = {}
+    for image in axes.images:
+        rows.setdefault(image.get_extent()[3], []).append(image)
+    assert list(rows) == sorted(rows)
+    assert [len(row) for row in rows.values()] == [7, 7, 5]
+    for place in (0, -1):
+        assert len({row[place].get_extent()[0] for row in rows.values()}) == 1
+    parts = iter(cut_out(picture, axes))
+    for strip in (first, first, second):
+        for image in (strip.source, *strip.images, strip.target):
+            part = next(parts)
+            assert np.array_equal(part, magnified(image, len(part) // 28))
+    said = texts(axes)
+    # Names that are those of the row above are not said again.
+    assert [text for text in said if text.startswith("corner 1")] == ["corner 1"] * 2
+    assert said.count("source") == 2
+    assert "What it shows." in said
+    # Under the sources a 3, under all else a 7, and whose probability that is.
+    assert (said.count("3"), said.count("7")) == (3, 13 + 3)
+    assert (said.count("target >99.9 %"), said.count(">99.9 %")) == (13, 6)
+
+
+@pytest.mark.parametrize(("count", "shown"), [(1, 1), (8, 8), (20, 8)])
+def test_as_many_strips_are_drawn_as_can_be_seen(
+    case: Case, drawn: list[Figure], count: int, shown: int
+) -> None:
+    height, width, _ = decoded(figures.draw_strips([strip_of(case)] * count, [])).shape
+    assert width <= 1600 and height <= 2000
+    (axes,) = drawn[0].axes
+    assert len(axes.images) == 7 * shown
+    assert ("Shown: 8 of 20 rows." in texts(axes)) == (count == 20)
+
+
+def test_a_strip_of_many_images_cuts_what_stands_below_them(
+    case: Case, drawn: list[Figure]
+) -> None:
+    many = case.with_corners(12, class_="American Staffordshire Terrier")
+    figures.draw_strips([strip_of(many)], [])
+    (axes,) = drawn[0].axes
+    assert texts(axes).count("American Staffo…") == 10
+    assert "Shown: 10 of 12 images in a row." in texts(axes)
+    assert len(axes.images) == 10 + 2
+
+
+def test_boxes_are_in_all_images_of_a_strip(drawn: list[Figure], case: Case) -> None:
+    source, target, corners = photographed(5)
+    regions = find_regions(corners)[:2]
+    strip = figures.corner_strip(source, target, corners, case.result, regions)
+    figures.draw_strips([strip], [])
+    (axes,) = drawn[0].axes
+    for region, colour in zip(regions, figures.REGION_COLOURS, strict=False):
+        found = boxes(axes, colour)
+        assert len(found) == 7
+        for (left, top, *_), image in zip(found, axes.images, strict=True):
+            scale = (image.get_extent()[1] - image.get_extent()[0]) / 140
+            assert left - image.get_extent()[0] == pytest.approx(region.left * scale, abs=1)
+            assert top - image.get_extent()[3] == pytest.approx(region.top * scale, abs=1)
+
+
+def test_the_way_to_each_corner_is_a_strip_that_ends_at_the_corner(case: Case) -> None:
+    course = case.course
+    steps, taken = [10, 20, 30], course.snapshots[:3]
+    strips = figures.snapshot_strips(
+        case.source, case.target, taken, steps, case.corners, case.result
+    )
+    assert len(strips) == 5
+    for k, strip in enumerate(strips):
+        assert list(strip.above) == ["step 10", "step 20", "step 30", "final"]
+        assert np.array_equal(strip.images, [*taken[:, k], case.corners[k]])
+    long = np.repeat(taken, 10, axis=0)
+    (strip, *_) = figures.snapshot_strips(
+        case.source, case.target, long, list(range(30)), case.corners, case.result
+    )
+    assert len(strip.images) == figures.SNAPSHOT_COLUMNS + 1
+    assert (strip.above[0], strip.above[-2]) == ("step 0", "step 29")
+
+
+def test_mixtures_are_told_by_the_probability_of_the_target(case: Case) -> None:
+    shares = np.array([0.25, 1.0])
+    strip = figures.mixture_strip(case.source, case.target, case.corners[:2], shares, case.result)
+    assert [line for (line,) in strip.below] == ["target 25.0 %", "target 100.0 %"]
 
 
 def test_threads_draw_what_one_thread_draws(case: Case) -> None:

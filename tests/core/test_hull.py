@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from core import certify, interpolate
 from core.engine import CONVERGED, DIVERGED, MAX_STEPS, Engine
@@ -98,6 +99,26 @@ def test_the_drive_is_a_gradient_that_fades_as_the_loss_is_spent(age, worst, lef
     (expected,) = torch.autograd.grad(3 * (0.4 * home - 0.7 * left * spread), corners)
     drive = hull.drive(corners.detach(), source, age, torch.tensor(worst))
     assert torch.allclose(drive, expected, atol=1e-6)
+
+
+def test_a_coarse_drive_is_the_gradient_of_what_a_gaussian_leaves_of_the_spread():
+    """The Gaussian is torch's: reflected at the borders, edge pixels twice, to eight sigma."""
+    hull = small_hull(diversity=0.7, goal=10.0, low_pass=1.5)
+    corners = torch.rand(3, 2, 14, 17, dtype=torch.float64, requires_grad=True)
+    weights = torch.exp(-(torch.arange(-12, 13, dtype=torch.float64) ** 2) / (2 * 1.5**2))
+    kernel = (weights[:, None] * weights / weights.sum() ** 2)[None, None]
+    mirrored = [corners.flip(axis) for axis in (2, 3)]
+    rows = torch.cat([mirrored[0], corners, mirrored[0]], 2)
+    wide = torch.cat([rows.flip(3), rows, rows.flip(3)], 3)[..., 14 - 12 : 28 + 12, 17 - 12 : 46]
+    coarse = functional.conv2d(wide.reshape(6, 1, *wide.shape[2:]), kernel).view(3, -1)
+    spread = torch.pdist(coarse).mean() / 2
+    (expected,) = torch.autograd.grad(-3 * 0.7 * spread, corners)
+    drive = hull.drive(corners.detach(), torch.zeros(2, 14, 17), 0, torch.tensor(0.0))
+    assert torch.allclose(drive, expected, atol=1e-4 * float(expected.abs().max()))
+    fine = small_hull(diversity=0.7, goal=10.0)
+    assert not torch.allclose(
+        drive, fine.drive(corners.detach(), corners[0].detach(), 0, torch.tensor(0.0))
+    )
 
 
 def test_margins_below_the_floor_are_pulled_up_and_others_left():

@@ -14,6 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from core.patches.windows import GEOMETRIES
 from core.spec import PRESETS, Certify, CollisionSpec, Hull, Interpolation, Patches, Relative
 
 MINIMAL = {"model": "mnist-mlp", "layer": "fc1"}
@@ -42,11 +43,13 @@ OTHER: dict[str, Any] = {
     "corners": 7,
     "objective": "plain",
     "parametrization": "patches",
+    "patches": {"set": "photos", "stride": 9, "surround": 8, "source": True},
     "hull": {
         "points": 9,
         "sampling": "worst",
         "diversity": 2.0,
         "goal": 0.5,
+        "low_pass": 1.0,
         "margin": 0.25,
         "source": 1.0,
     },
@@ -74,31 +77,41 @@ OTHER: dict[str, Any] = {
 
 # What the presets that have it by default already are to be set to.
 STILL_OTHER = {"negative": "absolute", "optimizer": "gd", "schedule": "rising"}
+STILL_OTHER |= {"parametrization": "pixels"}
+SET = {"set": "photos"}
 
 
 def left_open(preset: str) -> dict[str, Any]:
     """What a preset asks the user for."""
-    return {name: value for name, value in MINIMAL.items() if name not in PRESETS[preset]}
+    asked = {name: value for name, value in MINIMAL.items() if name not in PRESETS[preset]}
+    return asked | ({"patches": SET} if "patches" in PRESETS[preset] else {})
+
+
+def fixed_by(preset: str) -> dict[str, Any]:
+    """What a preset comes to with the patch set that it may ask for."""
+    own = PRESETS[preset]
+    return own | ({"patches": own["patches"] | SET} if "patches" in own else {})
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_fixes_every_setting_that_decides_a_result(preset: str) -> None:
-    fixed = PRESETS[preset]
+    fixed = fixed_by(preset)
     assert {*fixed, *left_open(preset)} - LEFT == set(CollisionSpec.model_fields) - LEFT
     spec = CollisionSpec.model_validate(left_open(preset) | {"preset": preset})
     assert spec.preset == preset
     dumped = spec.model_dump()
     assert {name: dumped[name] for name in fixed} == fixed
+    assert ("patches" in fixed) == (spec.parametrization == "patches")
 
 
 @pytest.mark.parametrize(("preset", "field"), [(p, f) for p in PRESETS for f in PRESETS[p]])
 def test_what_the_user_sets_wins_over_the_preset(preset: str, field: str) -> None:
-    fixed, other = PRESETS[preset], OTHER[field]
-    if field == "solver" and preset == "hull":
-        other = fixed[field]  # which the other objectives alone leave a choice
+    fixed, other = fixed_by(preset), OTHER[field]
+    if field == "solver" and (preset == "hull" or "patches" in fixed):
+        other = fixed[field]  # which the other objectives and patches alone leave a choice
     elif fixed[field] == other:
         other = STILL_OTHER[field]
-    given = left_open(preset) | {"preset": preset, field: other, "patches": {"set": "photos"}}
+    given = left_open(preset) | {"preset": preset, "patches": SET, field: other}
     dumped = CollisionSpec.model_validate(given).model_dump()
     assert {name: dumped[name] for name in fixed} == fixed | {field: other}
 
@@ -128,6 +141,15 @@ def test_the_paper_presets_say_what_the_paper_says() -> None:
     assert (vgg.alpha, vgg.beta) == (100 / 2, 10)  # TensorFlow's norm is half of ours
     assert vgg.learning_rate == pytest.approx(0.01 / 65025)  # both pixel and gradient scale by 255
     assert (vgg.negative, vgg.pixel_range) == ("absolute", "valid")
+    for name, (_, stride, surround) in GEOMETRIES.items():
+        preset = f"paper-vgg16-patches-{name}"
+        spec = CollisionSpec.model_validate({"preset": preset, "patches": SET})
+        assert (spec.model, spec.layer) == ("vgg16", "classifier.0")
+        assert (spec.alpha, spec.beta, spec.gamma) == (100 / 2, 10, 100)
+        assert (spec.optimizer, spec.schedule, spec.max_steps) == ("gd", "rising", 30_000)
+        assert spec.patches == Patches(set="photos", stride=stride, surround=surround)
+        with pytest.raises(ValidationError, match=r"set patches\.set to a set's name"):
+            CollisionSpec.model_validate({"preset": preset})
 
 
 def test_an_unknown_preset_is_refused_with_near_ones() -> None:
@@ -150,7 +172,9 @@ def test_without_a_preset_model_and_layer_must_be_said() -> None:
 def test_presets_are_not_changed_by_their_use() -> None:
     before = json.dumps(PRESETS)
     for preset in PRESETS:
-        CollisionSpec.model_validate(MINIMAL | {"preset": preset, "alpha": 2, "corners": 2})
+        CollisionSpec.model_validate(
+            left_open(preset) | {"preset": preset, "alpha": 2, "corners": 2}
+        )
     assert json.dumps(PRESETS) == before
 
 
@@ -193,6 +217,7 @@ BOUNDS: list[tuple[str, list[object], list[object]]] = [
     ("hull", [{"points": 1}, {"points": 64}], [{"points": 0}, {"points": 65}, None]),
     ("hull", [{"sampling": "worst"}, {"diversity": 0}], [{"sampling": "x"}, {"diversity": -1}]),
     ("hull", [{"margin": 0}, {"margin": 0.99}], [{"margin": 1}, {"margin": -0.1}]),
+    ("hull", [{"low_pass": 0}, {"low_pass": 64}], [{"low_pass": -1}, {"low_pass": 65}]),
     ("hull", [{"goal": 10}, {"source": 1e9}], [{"goal": 0}, {"goal": 11}, {"source": -1}]),
     ("solver", ["gradient", "exact", "null_space"], ["linear", None]),
     ("parametrization", ["pixels"], ["fourier", None]),
@@ -373,7 +398,7 @@ def specs(draw: st.DrawFn) -> CollisionSpec:
         settings["corners"] = draw(st.integers(1, 256))
     if settings["corners"] == 1 and settings.get("objective") == "hull":
         settings["objective"] = "corners"
-    if settings["corners"] == 1 and settings.get("preset") == "hull":
+    if settings["corners"] == 1 and settings.get("preset") in ("hull", "patches"):
         settings["preset"] = None
     if "patches" not in settings:
         settings["parametrization"] = "pixels"

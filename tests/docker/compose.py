@@ -88,6 +88,7 @@ def main() -> int:
             headers = {"Authorization": f"Bearer {key}"}
             with httpx.Client(base_url=url, headers=headers, timeout=70) as client:
                 run_a_job(client)
+                build_a_patch_set(compose, client)
                 kill_a_worker(compose, client)
             end_in_good_order(compose)
     except (Failed, httpx.HTTPError, subprocess.CalledProcessError) as error:
@@ -165,6 +166,19 @@ def run_a_job(client: httpx.Client) -> None:
     say(f"A job succeeded in {job['result']['seconds']:.1f} s; its corner is a PNG.")
 
 
+def build_a_patch_set(compose: Compose, client: httpx.Client) -> None:
+    """In the volume that the worker only reads; it tells of the set while it runs."""
+    find = "from importlib.resources import files; print(files('core') / 'assets' / 'photos')"
+    photos = compose.inside("worker-cpu", "python", "-c", find)
+    compose.run("run", "--rm", "-T", "patches", "build", photos, "--name", "photos")
+    until("the worker has the patch set", lambda: patch_sets(client))
+    (found,) = patch_sets(client)
+    expect(found["images"] == 6, f"The patch set has {found['images']} images.")
+    path = "/var/lib/polycollide/patches/photos/x"
+    writable = compose.ask("exec", "-T", "worker-cpu", "touch", path).returncode == 0
+    expect(not writable, "The worker can write to its patch sets.")
+
+
 def kill_a_worker(compose: Compose, client: httpx.Client) -> None:
     """In the middle of a job, which another attempt finishes."""
     job = submit(client, LONG)
@@ -197,6 +211,13 @@ def submit(client: httpx.Client, spec: dict[str, Any]) -> dict[str, Any]:
     expect(answer.status_code == 202, f"Submission: {answer.status_code} {answer.text}")
     job: dict[str, Any] = answer.json()
     return job
+
+
+def patch_sets(client: httpx.Client) -> list[dict[str, Any]]:
+    """Those that jobs can name."""
+    answer = client.get("/v1/patch-sets").raise_for_status()
+    found: list[dict[str, Any]] = answer.json()["patch_sets"]
+    return found
 
 
 def get(client: httpx.Client, job_id: str, wait: int = 0) -> dict[str, Any]:

@@ -49,6 +49,16 @@ def test_models_are_read_with_their_layers(service, client):
     assert client.model("m").layers[0].cut is True
 
 
+def test_patch_sets_are_read(service, client):
+    photos = {
+        **{"name": "photos", "sha256": "a", "images": 6, "patches": 1014, "size": 16, "stride": 4},
+        **{"resize": 64, "index": "exact", "workers": 1, "differs": False, "url": "later"},
+    }
+    service.on("GET /v1/patch-sets", reply({"patch_sets": [photos]}))
+    (found,) = client.patch_sets()
+    assert (found.name, found.size, found.workers, found.differs) == ("photos", 16, 1, False)
+
+
 def test_deleting_twice_because_an_answer_was_lost_is_no_error(service, client):
     service.on("DELETE /v1/jobs/a", drop, problem(404, "unknown_job"))
     client.delete("a")

@@ -402,3 +402,16 @@ def test_results_and_settings_go_to_files_of_their_own(tmp_path: Path):
     assert merge({"a": None, "b": 1}, ["c.d=x", "c.e=[1]", "b=2", "n=null", "t="]) == {
         **{"b": 2, "c": {"d": "x", "e": [1]}, "n": None, "t": ""},
     }
+
+
+def test_patch_sets_of_the_service_are_listed_where_it_is_asked_for(service, call, monkeypatch):
+    monkeypatch.setenv("POLYCOLLIDE_PATCHES", "/nowhere")
+    geometry = {"images": 6, "patches": 1014, "size": 16, "stride": 4, "resize": 64}
+    common = geometry | {"sha256": "a", "index": "exact", "workers": 2, "differs": False}
+    sets = [common | {"name": "birds", "differs": True, "workers": 1}, common | {"name": "photos"}]
+    service.on("GET /v1/patch-sets", reply({"patch_sets": sets}))
+    result = call("patches", "list", "--service")
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["photos", "6", "1014", "16", "4", "64", "exact", "2"] in rows
+    assert result.stderr == "birds: other workers have another set under this name.\n"
+    assert "photos" not in call("patches", "list").stdout  # this machine's

@@ -17,6 +17,17 @@ CORNER = {
     "distance_to_source": 1.0,
     "distance_to_target": 2.0,
 }
+# A patch set as a worker reports it.
+PHOTOS = {
+    "name": "photos",
+    "sha256": "a" * 64,
+    "images": 6,
+    "patches": 1014,
+    "size": 16,
+    "stride": 4,
+    "resize": 64,
+    "index": "exact",
+}
 
 
 def result(*corners: dict[str, Any]) -> dict[str, Any]:

@@ -18,18 +18,20 @@ from hypothesis.stateful import (
 from sqlalchemy import Connection, Engine, insert, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from store import blobs, jobs, queue
+from store import blobs, jobs, queue, workers
 from store.lifecycle import FINAL, LEASED, Event, Status, after
 from store.queue import ALONE, SUSPECT_AFTER, Finished, Lease
 from store.tables import ApiKey, Job
 
-from .conftest import CORNER, result
+from .conftest import CORNER, PHOTOS, result
 
 LEASE = timedelta(hours=1)
 any_bool = st.booleans()
 RESULT = result(CORNER, CORNER | {"index": 1})
 MAX_CRASHES = 3
-KINDS = ("a", "b")
+# The last one is of patches, and its set comes and goes.
+KINDS = ("a", "b", "c")
+PATCH_SETS = {"c": "photos"}
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Expected:
     """What the model knows of a job."""
 
     kind: str
+    patch_set: str | None = None
     status: Status = Status.QUEUED
     crashes: int = 0
     attempt: int = 0
@@ -67,6 +70,7 @@ def submit(connection: Connection, key_id: UUID, kind: str, corners: int, priori
             "corners": corners,
             "priority": priority,
             "batch_key": kind,
+            "patch_set": PATCH_SETS.get(kind),
             "source_sha256": blobs.digest(b"source"),
             "source_name": "s",
             "target_sha256": blobs.digest(b"target"),
@@ -116,7 +120,7 @@ class Life(RuleBasedStateMachine):
         with self.engine.begin() as connection:
             for _ in range(count):
                 job = submit(connection, self.keys[key], kind, corners, priority)
-                self.expected[job] = Expected(kind)
+                self.expected[job] = Expected(kind, PATCH_SETS.get(kind))
 
     @rule(
         target=leases, rows=st.integers(0, 20), at_least_one=st.booleans(), jobs=st.integers(1, 4)
@@ -181,14 +185,17 @@ class Life(RuleBasedStateMachine):
             with self.engine.begin() as connection:
                 assert queue.fail(connection, lease, "timeout", "It took too long.") == live
 
-    @rule(lease=leases)
-    def release(self, lease: Lease | None) -> None:
+    @rule(lease=leases, alone=st.booleans())
+    def release(self, lease: Lease | None, alone: bool) -> None:
         if lease:
+            job = self.expected[lease.job_id]
             if self.is_live(lease):
-                self.expected[lease.job_id].befall(Event.RELEASE)
+                job.befall(Event.RELEASE)
+                if alone and job.status == Status.QUEUED:
+                    job.kind = f"{ALONE}{lease.job_id}"
             with self.engine.begin() as connection:
                 queue.keep_checkpoint(connection, lease, b"state", inline=True)
-                queue.release(connection, [lease], "Handed back.")
+                queue.release(connection, [lease], "Handed back.", alone=alone)
 
     @rule(lease=consumes(leases))
     def expire(self, lease: Lease | None) -> None:
@@ -208,6 +215,25 @@ class Life(RuleBasedStateMachine):
             job.befall(Event.GIVE_UP if job.crashes >= MAX_CRASHES else Event.LOSE)
             if job.crashes >= SUSPECT_AFTER and job.status == Status.QUEUED:
                 job.kind = f"{ALONE}{lease.job_id}"
+
+    @rule(alive=st.booleans(), has_it=st.booleans(), patient=st.booleans())
+    def look_for_patch_sets(self, alive: bool, has_it: bool, patient: bool) -> None:
+        """The reconciler turns twice, without a wait between or after the grace."""
+        grace = timedelta(hours=1) if patient else timedelta()
+        with self.engine.begin() as connection:
+            connection.execute(text("TRUNCATE workers, patch_sets, missing_patch_sets"))
+            if alive:
+                workers.register(connection, uuid4(), "slot", "cpu")
+                workers.report_patch_sets(connection, "slot", [PHOTOS] if has_it else [])
+        waiting = [
+            job for job in self.expected.values() if job.patch_set and job.status == Status.QUEUED
+        ]
+        for ended in (0, len(waiting) if alive and not has_it and not patient else 0):
+            with self.engine.begin() as connection:
+                kinds = queue.kinds(connection)
+                assert queue.strand(connection, kinds, grace) == ended
+            for job in waiting[:ended]:
+                job.befall(Event.STRAND)
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:

@@ -66,3 +66,38 @@ def test_every_constraint_and_index_has_a_name_of_ours_and_every_time_a_zone(
     assert names
     assert [name for name in names if name[:3] not in ("pk_", "fk_", "uq_", "ck_", "ix_")] == []
     assert zoneless == []
+
+
+def test_what_older_code_writes_stays_good_and_a_step_back_loses_only_what_is_new(
+    empty: Settings,
+) -> None:
+    """Migrations expand first: workers and an API of the version before go on meanwhile."""
+    submit = text("""
+        INSERT INTO jobs (id, key_id, labels, deadline_seconds, spec, model, corners, batch_key,
+            source_sha256, source_name, target_sha256, target_name)
+        SELECT gen_random_uuid(), key.id, '{}', 1, '{}', 'm', 1, 'k',
+            blob.sha256, 's', blob.sha256, 't'
+        FROM api_keys AS key, blobs AS blob
+    """)
+    migrate(empty, "0001")
+    engine = create_engine(empty.sqlalchemy_url)
+    with engine.begin() as connection:
+        connection.execute(
+            text("INSERT INTO api_keys (id, name, prefix) VALUES (gen_random_uuid(), 'n', 'p')")
+        )
+        connection.execute(
+            text("INSERT INTO blobs (sha256, media_type, size, bytes) VALUES (:zero, 'i', 0, '')"),
+            {"zero": "0" * 64},
+        )
+        connection.execute(submit)
+    migrate(empty)
+    with engine.begin() as connection:
+        connection.execute(submit)
+        found = connection.scalars(text("SELECT patch_set FROM jobs")).all()
+        connection.execute(text("UPDATE jobs SET patch_set = 'photos'"))
+    command.downgrade(migrations(empty), "0001")
+    with engine.begin() as connection:
+        connection.execute(submit)
+        left = connection.scalar(text("SELECT count(*) FROM jobs"))
+    engine.dispose()
+    assert found == [None, None] and left == 3

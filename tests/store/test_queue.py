@@ -1,10 +1,13 @@
-"""Claims in their order, and what retention deletes; the rest of the queue is in test_life."""
+"""Claims in their order, patch sets that come and go, and what retention deletes.
+
+The rest of the queue is in test_life.
+"""
 
 from datetime import timedelta
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import Connection, Engine, insert, text
+from sqlalchemy import Connection, Engine, Row, insert, text
 
 from store import blobs, queue, retention, workers
 from store.lifecycle import Status
@@ -12,7 +15,7 @@ from store.queue import Claimed, Finished
 from store.settings import Settings
 from store.tables import ApiKey, Job
 
-from .conftest import CORNER, result
+from .conftest import CORNER, PHOTOS, result
 
 LEASE = timedelta(minutes=1)
 
@@ -125,6 +128,113 @@ def test_results_that_fail_to_be_written_leave_nothing_behind(connection: Connec
         queue.succeed(connection, [Finished(job.lease, twice, [b"0", b"1"])])
     assert queue.extend(connection, [job.lease], LEASE) == {job.lease.token: Status.RUNNING}
     assert connection.scalar(text("SELECT count(*) FROM corners")) == 0
+
+
+GRACE = timedelta(minutes=10)
+
+
+def reported(connection: Connection) -> list[Row[tuple[object, ...]]]:
+    """All of `patch_sets`."""
+    return list(connection.execute(text("SELECT * FROM patch_sets ORDER BY slot, name")))
+
+
+def stranded(connection: Connection) -> int:
+    return queue.strand(connection, queue.kinds(connection), GRACE)
+
+
+def pass_minutes(connection: Connection, minutes: int) -> None:
+    """Time passes for whoever waits for a patch set."""
+    later = "UPDATE missing_patch_sets SET since = since - make_interval(mins => :minutes)"
+    connection.execute(text(later), {"minutes": minutes})
+
+
+def test_a_slot_reports_its_patch_sets_and_what_is_unchanged_is_not_written(
+    connection: Connection,
+) -> None:
+    def report() -> list[Row[tuple[object, ...]]]:
+        workers.report_patch_sets(connection, "one", [PHOTOS, PHOTOS | {"name": "birds"}])
+        workers.report_patch_sets(connection, "two", [PHOTOS])
+        connection.commit()
+        return reported(connection)
+
+    _, own, other = before = report()
+    assert {name: value for name, value in own._asdict().items() if name in PHOTOS} == PHOTOS
+    places = [("one", "birds"), ("one", "photos"), ("two", "photos")]
+    assert [(row.slot, row.name) for row in before] == places
+    assert report() == before  # their times, too
+    rebuilt = PHOTOS | {"sha256": "b" * 64, "images": 9, "index": "ivf-pq"}
+    workers.report_patch_sets(connection, "one", [rebuilt])
+    after = reported(connection)
+    assert [(row.slot, row.sha256, row.images) for row in after] == [
+        ("one", "b" * 64, 9),
+        ("two", "a" * 64, 6),
+    ]
+    assert after[0].index == "ivf-pq" and after[0].reported_at > own.reported_at
+    assert after[1] == other
+
+
+def test_the_patch_sets_of_a_slot_go_with_its_worker(connection: Connection) -> None:
+    for slot in ("left", "taken over", "silent", "well"):
+        workers.register(connection, uuid4(), slot, "cpu")
+        workers.report_patch_sets(connection, slot, [PHOTOS])
+    workers.leave(connection, "left")
+    workers.register(connection, uuid4(), "taken over", "cpu")
+    connection.execute(
+        text("UPDATE workers SET heartbeat_at = now() - interval '2 days' WHERE slot = 'silent'")
+    )
+    retention.sweep(connection, Settings(mode="local"))
+    assert [row.slot for row in reported(connection)] == ["well"]
+
+
+def test_a_job_fails_when_no_worker_has_had_its_patch_set_for_the_grace(
+    connection: Connection,
+) -> None:
+    mine = key(connection)
+    gone, other = "kind of photos", "kind of birds"
+    lost = queued(connection, mine, 2, batch_key=gone, patch_set="photos")
+    kept = queued(connection, mine, 1, batch_key=other, patch_set="birds")
+    kept += queued(connection, mine, 1)
+    workers.register(connection, uuid4(), "one", "cpu")
+    near = [PHOTOS | {"name": "birds"}, PHOTOS | {"name": "photos2"}]
+    workers.report_patch_sets(connection, "one", near)
+    assert [kind.patch_set for kind in queue.kinds(connection)] == ["photos", "birds", None]
+    assert stranded(connection) == 0
+    pass_minutes(connection, 9)
+    assert stranded(connection) == 0
+    pass_minutes(connection, 2)
+    assert stranded(connection) == 2
+    rows = {row.id: row for row in connection.execute(text("SELECT * FROM jobs"))}
+    for job in lost:
+        error = rows[job].error
+        assert rows[job].status == Status.FAILED and rows[job].finished_at is not None
+        assert error["code"] == "patch_set_missing" and rows[job].status_reason == error["message"]
+        assert "There is no patch set 'photos'; did you mean 'photos2'" in error["message"]
+        assert "build it again" in error["message"] and "submit the job again" in error["message"]
+    assert {rows[job].status for job in kept} == {Status.QUEUED}
+    assert stranded(connection) == 0
+
+
+def test_workers_that_start_again_lose_no_job(connection: Connection) -> None:
+    queued(connection, key(connection), 1, patch_set="photos")
+    workers.register(connection, uuid4(), "without", "cpu")
+    assert stranded(connection) == 0
+    pass_minutes(connection, 9)
+    # Back in time, the set is as good as new.
+    workers.register(connection, uuid4(), "with", "cpu")
+    workers.report_patch_sets(connection, "with", [PHOTOS])
+    assert stranded(connection) == 0
+    workers.drain(connection, "with")
+    assert stranded(connection) == 0
+    pass_minutes(connection, 9)
+    assert stranded(connection) == 0
+    # Where no worker is left, nobody can tell, however long it takes.
+    workers.leave(connection, "with")
+    workers.leave(connection, "without")
+    assert stranded(connection) == 0
+    pass_minutes(connection, 60)
+    assert stranded(connection) == 0
+    workers.register(connection, uuid4(), "without", "cpu")
+    assert stranded(connection) == 0
 
 
 def age(connection: Connection, days: int) -> None:

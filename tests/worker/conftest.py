@@ -10,7 +10,10 @@ from service import Service
 from polycollide import stack
 
 # So that what vanishes is soon missed.
-SHORT = {"lease": "PT3S", "heartbeat": "PT0.3S", "reconcile_every": "PT0.5S"}
+SHORT = {
+    **{"lease": "PT3S", "heartbeat": "PT0.3S", "reconcile_every": "PT0.5S"},
+    "patch_set_grace": "PT5S",
+}
 
 
 @pytest.fixture(scope="module")

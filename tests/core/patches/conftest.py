@@ -39,7 +39,7 @@ def resized(photos: Path) -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the two sets below are."""
+    """Where the sets below are."""
     return tmp_path_factory.mktemp("sets")
 
 
@@ -52,3 +52,9 @@ def exact(photos: Path, root: Path) -> PatchSet:
 def indexed(photos: Path, root: Path) -> PatchSet:
     """The same with an inverted file, which a set of this size does not need."""
     return sets.build(photos, "indexed", SMALL, neighbours.indexer(exact_up_to=0), root=root)
+
+
+@pytest.fixture(scope="session")
+def lined(photos: Path, root: Path) -> PatchSet:
+    """The same with random lines, by Prioritized DCI."""
+    return sets.build(photos, "lined", SMALL, neighbours.indexer("dci", exact_up_to=0), root=root)

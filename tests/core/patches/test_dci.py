@@ -1,4 +1,4 @@
-"""Prioritized DCI beside Algorithm 2 with its priority queue, and beside brute force."""
+"""Prioritized DCI beside Algorithm 2 with its priority queue."""
 
 import heapq
 import json
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from core.errors import InvalidSpec
-from core.patches.dci import PrioritizedDCI, UnreadableIndex
+from core.patches.dci import PrioritizedDCI, UnreadableIndex, draw, project, write
 
 
 def gaussian(points, dimensions=12, seed=0):
@@ -21,14 +21,17 @@ def repeated(points, seed=0):
 
 
 def build(vectors, simple=4, composite=2, seed=1):
-    return PrioritizedDCI.build(vectors, simple=simple, composite=composite, seed=seed)
+    """An index in memory."""
+    directions = draw(vectors.shape[1], simple=simple, composite=composite, seed=seed)
+    projections = project(vectors, directions)
+    return PrioritizedDCI(directions, projections, np.argsort(projections, kind="stable"))
 
 
-def brute_force(vectors, queries, k):
-    """Ids and distances of the `k` nearest, in float64; equal ones by id."""
-    apart = np.linalg.norm(vectors.astype(np.float64) - queries.astype(np.float64)[:, None], axis=2)
-    ids = np.argsort(apart, axis=1, kind="stable")[:, :k]
-    return ids, np.take_along_axis(apart, ids, axis=1)
+def saved(index, path):
+    """The index after it was written to a folder."""
+    path.mkdir(exist_ok=True)
+    write(path, index.directions, index.points, np.concatenate(index.projections))
+    return PrioritizedDCI.load(path)
 
 
 def algorithm_2(directions, vectors, query, retrieve, visit, excluded=()):
@@ -136,42 +139,15 @@ def test_a_first_radius_that_holds_too_few_is_widened(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("vectors", [gaussian(500), repeated(120)])
-def test_retrieving_every_point_is_exact_search(vectors):
-    queries = gaussian(6, vectors.shape[1], seed=5)
-    ids, far = build(vectors).query(queries, 10, distances=vectors, retrieve=len(vectors))
-    expected, distances = brute_force(vectors, queries, 10)
-    assert ids.dtype == np.int64 and np.array_equal(ids, expected)
-    np.testing.assert_allclose(far, distances, rtol=1e-6, atol=1e-6)
-
-
-def test_distances_of_bytes_are_exact():
-    rng = np.random.default_rng(0)
-    vectors = rng.choice(np.array([0, 1, 254, 255], np.uint8), size=(400, 3 * 20 * 20))
-    vectors[0] = 0
-    queries = np.concatenate([vectors[:9], np.full((1, 1200), 255, np.uint8)])
-    ids, far = build(vectors).query(queries, 400, distances=vectors, retrieve=400)
-    expected, distances = brute_force(vectors, queries, 400)
-    assert np.array_equal(ids, expected)
-    assert np.array_equal(far, distances)
-
-
-def test_distances_in_float64_keep_its_precision():
-    vectors, queries = 1e6 + gaussian(200).astype(np.float64), 1e6 + gaussian(3, seed=5)
-    ids, far = build(vectors).query(queries, 9, distances=vectors, retrieve=200)
-    expected, distances = brute_force(vectors, queries, 9)
-    assert np.array_equal(ids, expected)
-    np.testing.assert_allclose(far, distances, rtol=1e-9)
-
-
 def test_recall_grows_with_the_points_retrieved():
     vectors, queries = gaussian(2000, 16), gaussian(60, 16, seed=5)
     index = build(vectors, simple=5)
-    nearest, _ = brute_force(vectors, queries, 10)
+    apart = np.linalg.norm(vectors.astype(np.float64) - queries[:, None], axis=2)
+    nearest = np.argsort(apart, axis=1)[:, :10]
 
     def recall(retrieve):
-        ids, _ = index.query(queries, 10, distances=vectors, retrieve=retrieve)
-        return np.mean([len(set(a) & set(b)) for a, b in zip(ids, nearest, strict=True)]) / 10
+        found = index.candidates(queries, retrieve=retrieve)
+        return np.mean([np.isin(a, b).mean() for a, b in zip(nearest, found, strict=True)])
 
     recalls = [recall(retrieve) for retrieve in (20, 100, 500, 2000)]
     assert recalls == sorted(set(recalls))
@@ -189,73 +165,47 @@ def test_no_projected_distance_exceeds_the_true_one():
     assert projected.max() > 0.5 * true.max()
 
 
-def test_points_in_another_order_are_the_same_answers():
+def test_points_in_another_order_are_the_same_candidates():
     vectors, queries = gaussian(600), gaussian(8, seed=5)
     moved = np.random.default_rng(2).permutation(600)
-    ids, far = build(vectors).query(queries, 7, distances=vectors, retrieve=40, visit=900)
-    shuffled = build(vectors[moved])
-    again, as_far = shuffled.query(queries, 7, distances=vectors[moved], retrieve=40, visit=900)
-    assert (ids >= 0).all()
-    assert np.array_equal(moved[again], ids)
-    assert np.array_equal(as_far, far)
+    found = build(vectors).candidates(queries, retrieve=40, visit=900)
+    shuffled = build(vectors[moved]).candidates(queries, retrieve=40, visit=900)
+    for ids, again in zip(found, shuffled, strict=True):
+        assert len(ids) and np.array_equal(np.sort(moved[again]), ids)
 
 
-def test_blocks_one_array_and_another_run_give_one_index():
-    vectors = gaussian(500)
-    whole = build(vectors)
-    for other in (build(vectors), build(iter([vectors[:7], vectors[7:7], vectors[7:]]))):
-        assert np.array_equal(other.directions, whole.directions)
-        assert np.array_equal(other.projections, whole.projections)
-        assert np.array_equal(other.order, whole.order)
-    assert not np.array_equal(build(vectors, seed=2).directions, whole.directions)
+def test_a_vector_has_the_same_projections_wherever_in_a_block_it_stands():
+    vectors, directions = gaussian(500), draw(12, simple=4, composite=2, seed=1)
+    whole = project(vectors, directions)
+    parts = [project(part, directions) for part in (vectors[:7], vectors[7:7], vectors[7:])]
+    assert np.array_equal(np.concatenate(parts, axis=2), whole)
 
 
-def test_an_array_larger_than_a_block_is_projected_whole(monkeypatch):
-    whole = build(gaussian(100))
-    monkeypatch.setattr("core.patches.dci._PROJECTED", 12 * 7)
-    assert np.array_equal(build(gaussian(100)).projections, whole.projections)
+def test_a_seed_gives_one_set_of_directions_and_another_one_another():
+    first, same, other = (draw(12, simple=4, composite=2, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(first, same) and not np.isclose(first, other).any()
 
 
-def test_distances_may_be_measured_by_a_function():
-    vectors, queries = gaussian(300), gaussian(4, seed=5)
-
-    def doubled(query, ids):
-        return 2 * np.linalg.norm(vectors[ids] - query, axis=1)
-
-    index = build(vectors)
-    ids, far = index.query(queries, 5, distances=vectors, retrieve=50)
-    again, twice = index.query(queries, 5, distances=doubled, retrieve=50)
-    assert np.array_equal(again, ids)
-    np.testing.assert_allclose(twice, 2 * far, rtol=1e-5)
-
-
-def test_no_queries_have_no_answers():
+def test_no_queries_have_no_candidates():
     vectors = gaussian(30)
-    ids, far = build(vectors).query(vectors[:0], 5, distances=vectors, retrieve=9)
-    assert ids.shape == far.shape == (0, 5)
+    assert build(vectors).candidates(vectors[:0], retrieve=9) == []
 
 
-def test_what_too_few_visits_leave_open_is_marked():
-    vectors = gaussian(300)
-    ids, far = build(vectors).query(gaussian(4, seed=5), 5, distances=vectors, retrieve=9, visit=1)
-    assert (ids == -1).all() and np.isinf(far).all()
+def test_too_few_visits_find_nothing():
+    found = build(gaussian(300)).candidates(gaussian(4, seed=5), retrieve=9, visit=1)
+    assert [ids.tolist() for ids in found] == [[]] * 4
 
 
-def test_a_saved_index_answers_alike_from_its_files(tmp_path):
+def test_a_written_index_is_the_same_one_and_stays_on_disk(tmp_path):
     vectors, queries = gaussian(300), gaussian(4, seed=5)
     index = build(vectors)
-    index.save(tmp_path / "index")
-    loaded = PrioritizedDCI.load(tmp_path / "index")
+    loaded = saved(index, tmp_path)
     assert isinstance(loaded.projections, np.memmap) and isinstance(loaded.order, np.memmap)
-    for a, b in zip(
-        index.query(queries, 5, distances=vectors, retrieve=30),
-        loaded.query(queries, 5, distances=vectors, retrieve=30),
-        strict=True,
-    ):
-        assert np.array_equal(a, b)
-    size = sum(
-        (tmp_path / "index" / f"{name}.npy").stat().st_size for name in ("projections", "order")
-    )
+    for name in ("directions", "projections", "order"):
+        assert np.array_equal(getattr(loaded, name), getattr(index, name))
+    found, again = (i.candidates(queries, retrieve=30) for i in (index, loaded))
+    assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
+    size = sum((tmp_path / f"{name}.npy").stat().st_size for name in ("projections", "order"))
     assert size == pytest.approx(300 * loaded.bytes_per_point, rel=0.05)
     assert loaded.bytes_per_point == 4 * 2 * (4 + 4)
 
@@ -292,53 +242,24 @@ def damage_pair(path):
     ],
 )
 def test_an_index_of_another_version_or_damaged_is_refused(tmp_path, damage, says):
-    build(gaussian(30)).save(tmp_path)
-    PrioritizedDCI.load(tmp_path)
+    saved(build(gaussian(30)), tmp_path)
     damage(tmp_path)
     with pytest.raises(UnreadableIndex, match=says):
         PrioritizedDCI.load(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "vectors, says",
-    [
-        (np.empty((0, 3), np.float32), "no points"),
-        (iter([]), "no points"),
-        (np.ones(3, np.float32), r"\(3,\)"),
-        (np.empty((2, 0), np.float32), r"\(2, 0\)"),
-        (iter([gaussian(3, 4), gaussian(3, 5)]), "5 numbers, the first had 4"),
-        (np.array([[0, np.nan]]), "finite"),
-    ],
-)
-def test_vectors_that_cannot_be_indexed_are_refused(vectors, says):
-    with pytest.raises(InvalidSpec, match=says):
-        build(vectors)
-
-
-@pytest.mark.parametrize("sizes", [{"simple": 0}, {"composite": 0}])
-def test_an_index_of_nothing_is_refused(sizes):
-    with pytest.raises(InvalidSpec, match="at least one"):
-        build(gaussian(10), **sizes)
-
-
-@pytest.mark.parametrize(
     "asked, says",
     [
-        ({"k": 0}, "0 neighbours"),
-        ({"k": 21, "retrieve": 99}, "20 points"),
-        ({"k": 6, "retrieve": 5}, "5 are retrieved"),
-        ({"k": 11, "exclude": np.arange(20) % 2 == 0}, "10 points"),
         ({"exclude": np.zeros(19, bool)}, r"\(19,\)"),
         ({"queries": gaussian(2, 5)}, "12 numbers"),
         ({"queries": gaussian(1)[0]}, "12 numbers"),
         ({"queries": np.full((1, 12), np.inf)}, "finite"),
-        ({"distances": gaussian(19)}, r"\(20, 12\)"),
-        ({"retrieve": 0, "k": 0}, "cannot be chosen"),
+        ({"retrieve": 0}, "at least one"),
         ({"visit": 0}, "at least one"),
     ],
 )
 def test_a_search_that_cannot_be_made_is_refused(asked, says):
-    vectors = gaussian(20)
-    settings = {"queries": gaussian(2), "k": 3, "distances": vectors, "retrieve": 20} | asked
+    settings = {"queries": gaussian(2), "retrieve": 20} | asked
     with pytest.raises(InvalidSpec, match=says):
-        build(vectors).query(settings.pop("queries"), settings.pop("k"), **settings)
+        build(gaussian(20)).candidates(settings.pop("queries"), **settings)

@@ -173,6 +173,21 @@ def test_gamma_holds_the_total_variation_down(small: Model) -> None:
     assert (varied[1] < 0.9 * varied[0]).all()
 
 
+def test_a_relative_gamma_is_weighed_by_the_energy_and_the_starts_variation(small: Model) -> None:
+    _, job = prepared(small, gamma={"relative": 0.5}, alpha=3.0)
+    patches = job.group.patches
+    assert patches
+    weights = patches.weights(patches.start(1))[0].double().numpy()
+    varied = 0.0
+    for (rows, columns), own in zip(
+        [inside[1:] for inside, _ in patches.places], weights, strict=True
+    ):
+        here = own[rows, columns]
+        varied += np.abs(np.diff(here, axis=0)).sum() + np.abs(np.diff(here, axis=1)).sum()
+    energy = float((job.goal.pre.clamp(min=0).double() ** 2).sum())
+    assert job.group.gamma == pytest.approx(0.5 * 3.0 * energy / varied, rel=1e-4)
+
+
 @pytest.mark.parametrize("objective", ["corners", "hull"])
 def test_company_and_a_break_leave_a_job_of_patches_as_it_is(small: Model, objective: str) -> None:
     subject, alone = prepared(small, objective=objective)

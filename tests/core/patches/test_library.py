@@ -58,8 +58,11 @@ def test_a_set_that_was_built_again_is_opened_anew(
     assert (len(before.manifest.images), len(after.manifest.images)) == (6, 2)
 
 
-def test_an_unfinished_set_is_not_among_those_that_can_be_used(library: Library, own: Path) -> None:
+def test_an_unfinished_set_is_not_among_those_that_can_be_used_and_its_builder_not_disturbed(
+    library: Library, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (own / "exact" / sets.MANIFEST).unlink()
+    monkeypatch.setattr(sets, "_locked", None)  # taking the lock fails
     assert [patches.name for patches in library.sets()] == ["indexed"]
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from core.errors import UnknownName
 from core.patches import neighbours, sets
@@ -65,22 +67,28 @@ def test_exact_neighbours_are_those_of_brute_force(exact, queries, monkeypatch):
     )
 
 
-def test_an_inverted_file_finds_the_nearest_and_tells_their_true_distance(
-    indexed, queries, monkeypatch
+@pytest.mark.parametrize("kind", ["indexed", "lined"])
+def test_an_index_finds_the_nearest_among_few_candidates_and_tells_their_true_distance(
+    kind, queries, monkeypatch, request
 ):
+    patches = request.getfixturevalue(kind)
     monkeypatch.setattr(neighbours, "CANDIDATES", 32)
-    with Neighbours(indexed) as found:
+    with Neighbours(patches) as found:
+        found.index.retrieve = 32  # which an inverted file does not mind
         addresses, distances = found.nearest(queries, k=2)
-    _, expected = brute_force(indexed, queries, 2)
+        flat = queries.reshape(len(queries), -1)
+        nobody = np.empty(0, dtype=np.int64)
+        assert max(len(ids) for ids in found.index.candidates(flat, 2, nobody)) <= 64
+    _, expected = brute_force(patches, queries, 2)
     assert np.mean(np.isclose(distances[:, 0], expected[:, 0], rtol=1e-12)) > 0.9
-    apart = indexed.read(addresses[:, 0]) / 255 - queries / 255
+    apart = patches.read(addresses[:, 0]) / 255 - queries / 255
     np.testing.assert_allclose(
         np.linalg.norm(apart.reshape(len(queries), -1), axis=1), distances[:, 0], rtol=1e-12
     )
     assert (distances[:, 0] <= distances[:, 1]).all()
 
 
-@pytest.mark.parametrize("kind", ["exact", "indexed"])
+@pytest.mark.parametrize("kind", ["exact", "indexed", "lined"])
 def test_a_patch_of_the_set_is_its_own_neighbour_and_ties_go_to_the_smaller_address(kind, request):
     patches = request.getfixturevalue(kind)
     own = np.array([(0, 0, 0), (3, 20, 48), (5, 48, 4)])
@@ -89,7 +97,7 @@ def test_a_patch_of_the_set_is_its_own_neighbour_and_ties_go_to_the_smaller_addr
     assert np.array_equal(addresses[:, 0], own) and not distances.any()
 
 
-@pytest.mark.parametrize("kind", ["exact", "indexed"])
+@pytest.mark.parametrize("kind", ["exact", "indexed", "lined"])
 @pytest.mark.parametrize("k", [1, 169 * 4])
 def test_patches_of_excluded_images_are_left_out_and_k_are_found_all_the_same(kind, k, request):
     patches = request.getfixturevalue(kind)
@@ -104,7 +112,7 @@ def test_patches_of_excluded_images_are_left_out_and_k_are_found_all_the_same(ki
         assert {len(set(map(tuple, row.tolist()))) for row in addresses} == {k}
 
 
-@pytest.mark.parametrize("kind", ["exact", "indexed"])
+@pytest.mark.parametrize("kind", ["exact", "indexed", "lined"])
 def test_more_neighbours_than_there_are_patches_are_refused(kind, request):
     patches = request.getfixturevalue(kind)
     everything = [image.sha256 for image in patches.manifest.images]
@@ -120,21 +128,85 @@ def test_more_neighbours_than_there_are_patches_are_refused(kind, request):
         assert found.nearest(query[:0], k=3)[0].shape == (0, 3, 3)
 
 
-def test_an_index_of_a_kind_that_we_do_not_know_is_refused(exact):
-    later = exact.manifest.model_copy(update={"index": {"backend": "later", "kind": "later"}})
-    with pytest.raises(PatchSetUnusable, match="another version"):
-        Neighbours(PatchSet(exact.folder, later))
+def another_kind(patches: PatchSet) -> PatchSet:
+    return with_index(patches, {"backend": "later", "kind": "later"})
 
 
-def test_the_same_seed_gives_the_same_index_and_another_one_another(photos, indexed, tmp_path):
+def another_parameter(patches: PatchSet) -> PatchSet:
+    kept = patches.manifest.index.keys() - {"probes", "retrieve"}
+    return with_index(patches, {name: patches.manifest.index[name] for name in kept})
+
+
+def another_faiss(patches: PatchSet) -> PatchSet:
+    file = patches.folder / "index.faiss"
+    file.write_bytes(b"Iw99" + file.read_bytes()[4:])
+    return patches
+
+
+def another_format(patches: PatchSet) -> PatchSet:
+    (patches.folder / "dci.json").write_text('{"format": 2}')
+    return patches
+
+
+def another_set(patches: PatchSet) -> PatchSet:
+    geometry = Geometry(size=16, stride=8, resize=64)
+    manifest = patches.manifest.model_copy(update={"geometry": geometry})
+    return PatchSet(patches.folder, manifest)
+
+
+def with_index(patches: PatchSet, index: dict[str, object]) -> PatchSet:
+    return PatchSet(patches.folder, patches.manifest.model_copy(update={"index": index}))
+
+
+@pytest.mark.parametrize(
+    "kind, change",
+    [
+        ("exact", another_kind),
+        ("indexed", another_parameter),
+        ("indexed", another_faiss),
+        ("lined", another_parameter),
+        ("lined", another_format),
+        ("lined", another_set),
+    ],
+)
+def test_an_index_of_another_version_is_refused(kind, change, request, tmp_path):
+    patches = request.getfixturevalue(kind)
+    shutil.copytree(patches.folder, tmp_path / kind)
+    changed = change(PatchSet(tmp_path / kind, patches.manifest))
+    with pytest.raises(PatchSetUnusable, match="another version") as error:
+        Neighbours(changed)
+    assert "build it again" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "kind, backend, files",
+    [
+        ("indexed", "faiss", {"index.faiss", "projection.npy"}),
+        ("lined", "dci", {"directions.npy", "projections.npy", "order.npy"}),
+    ],
+)
+def test_the_same_seed_gives_the_same_index_and_another_one_another(
+    kind, backend, files, photos, tmp_path, request
+):
+    patches = request.getfixturevalue(kind)
     same, other = (
-        build(photos, f"seed{seed}", SMALL, indexer(seed=seed, exact_up_to=0), root=tmp_path)
+        build(
+            photos, f"seed{seed}", SMALL, indexer(backend, seed=seed, exact_up_to=0), root=tmp_path
+        )
         for seed in (0, 1)
     )
-    for file in ("index.faiss", "projection.npy"):
-        first = (indexed.folder / file).read_bytes()
+    assert patches.manifest.files.keys() - {"images.u8", "dci.json"} == files
+    for file in files:
+        first = (patches.folder / file).read_bytes()
         assert (same.folder / file).read_bytes() == first
         assert (other.folder / file).read_bytes() != first
+
+
+@pytest.mark.parametrize("backend", ["faiss", "dci"])
+def test_a_small_set_is_searched_exactly_and_says_so(backend, photos, tmp_path):
+    patches = build(photos, "small", SMALL, indexer(backend), root=tmp_path)
+    assert patches.manifest.index == {"backend": backend, "kind": "exact"}
+    assert patches.manifest.files.keys() == {"images.u8"}
 
 
 def test_an_index_takes_less_than_64_bytes_a_patch_and_what_does_not_grow(indexed):
@@ -143,18 +215,48 @@ def test_an_index_takes_less_than_64_bytes_a_patch_and_what_does_not_grow(indexe
         assert found.index.memory - fixed < 64 * len(indexed)
 
 
+def test_random_lines_take_240_bytes_a_patch_and_what_does_not_grow(lined):
+    directions = 30 * 8 * SMALL.values
+    with Neighbours(lined) as found:
+        assert found.index.memory == 240 * len(lined) + directions
+    headers = 3 * 128 + 20
+    assert sum(lined.manifest.files.values()) - lined.pixels.nbytes < found.index.memory + headers
+
+
+@pytest.mark.parametrize("size", [4, 20])
+def test_distances_are_exact_whatever_the_pixels_and_however_many(size, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    (tmp_path / "noise").mkdir()
+    for i in range(3):
+        pixels = rng.choice(np.array([0, 1, 254, 255], np.uint8), (40, 40, 3))
+        Image.fromarray(pixels).save(tmp_path / "noise" / f"{i}.png")
+    geometry = Geometry(size=size, stride=4, resize=40)
+    patches = build(tmp_path / "noise", "noise", geometry, indexer(), root=tmp_path / "sets")
+    monkeypatch.setattr(neighbours, "COMPARED", 7 * 4 * geometry.values)
+    queries = np.stack([np.full((size, size, 3), value, np.uint8) for value in (0, 255)])
+    _, distances = Neighbours(patches).nearest(queries, k=len(patches))
+    every = patches.flat(np.arange(len(patches))).astype(np.int64)
+    squares = [((every - query.reshape(-1)) ** 2).sum(1) for query in queries.astype(np.int64)]
+    assert np.array_equal(distances, np.sqrt(np.sort(squares, axis=1)) / 255)
+
+
+@pytest.mark.parametrize("backend", ["faiss", "dci"])
 @pytest.mark.parametrize("size", [1, 4])
-def test_patches_of_few_numbers_are_indexed_too(photos, tmp_path, size):
+def test_patches_of_few_numbers_are_indexed_too(photos, tmp_path, size, backend):
     geometry = Geometry(size=size, stride=8, resize=64)
-    patches = build(photos, "tiny", geometry, indexer(exact_up_to=0), root=tmp_path)
+    patches = build(photos, "tiny", geometry, indexer(backend, exact_up_to=0), root=tmp_path)
     own = patches.read(patches.addresses(np.array([0, 300])))
     with Neighbours(patches) as found:
         assert not found.nearest(own)[1].any()
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"{PHOTOS} is not here")
-def test_neighbours_of_held_out_photographs_are_nearly_always_the_nearest(tmp_path, monkeypatch):
+@pytest.mark.parametrize("backend", ["faiss", "dci"])
+def test_neighbours_of_held_out_photographs_are_nearly_always_the_nearest(
+    backend, tmp_path, monkeypatch
+):
     monkeypatch.setattr(neighbours, "CANDIDATES", 64)
+    monkeypatch.setattr(neighbours, "retrieve_count", lambda patches: 64)
     for i, file in enumerate(sorted(PHOTOS.glob("*.jpg"))):
         folder = tmp_path / ("seen" if i % 11 else "held")
         folder.mkdir(exist_ok=True)
@@ -168,7 +270,7 @@ def test_neighbours_of_held_out_photographs_are_nearly_always_the_nearest(tmp_pa
             tmp_path / "seen",
             f"up-to-{most}",
             geometry,
-            indexer(exact_up_to=most),
+            indexer(backend, exact_up_to=most),
             root=tmp_path / "sets",
         )
         for most in (10**6, 0)

@@ -149,8 +149,8 @@ KILLED = """
 import os, signal, sys, threading
 from pathlib import Path
 from core.patches import neighbours, sets
-folder, root, places = map(Path, sys.argv[1:])
-sets.CHUNK, neighbours.BLOCK_BYTES = 3, 3 * 2**19
+folder, root, places = map(Path, sys.argv[1:4])
+sets.CHUNK, neighbours.BLOCK_BYTES, neighbours.SIMPLE = 3, 3 * 2**19, 2
 def report(what, done, total):
     place, before = f"{what} {done}", places.read_text().splitlines() if places.exists() else None
     if before is not None and place not in before:
@@ -159,15 +159,26 @@ def report(what, done, total):
         die = lambda: os.kill(os.getpid(), signal.SIGKILL)
         threading.Timer(0.03, die).start() if len(before) % 2 else die()
 geometry = sets.Geometry(size=16, stride=4, resize=64)
-sets.build(folder, "set", geometry, neighbours.indexer(exact_up_to=0), root=root, report=report)
+index = neighbours.indexer(sys.argv[4], exact_up_to=0)
+sets.build(folder, "set", geometry, index, root=root, report=report)
 """
 
 
-def test_a_build_that_is_killed_again_and_again_gives_the_very_same_bytes(photos, tmp_path):
+@pytest.mark.parametrize(
+    "backend, kind, stages",
+    [
+        ("faiss", "ivf-pq", {"images", "training", "patches", "packing"}),
+        ("dci", "dci", {"images", "patches", "sorting"}),
+    ],
+)
+def test_a_build_that_is_killed_again_and_again_gives_the_very_same_bytes(
+    photos, tmp_path, backend, kind, stages
+):
     places = tmp_path / "places"
 
     def attempt(root: str) -> int:
-        command = [sys.executable, "-c", KILLED, str(photos), str(tmp_path / root), str(places)]
+        given = map(str, (photos, tmp_path / root, places, backend))
+        command = [sys.executable, "-c", KILLED, *given]
         return subprocess.run(command, check=False, timeout=60).returncode
 
     assert attempt("whole") == 0
@@ -178,12 +189,10 @@ def test_a_build_that_is_killed_again_and_again_gives_the_very_same_bytes(photos
         with pytest.raises(PatchSetUnusable, match="not built to its end"):
             open_set("set", tmp_path / "killed")
     assert status == 0 and deaths >= 4  # a late death may see two places
-    assert {line.split()[0] for line in places.read_text().splitlines()} == {
-        *("images", "training", "patches", "packing")
-    }
+    assert {line.split()[0] for line in places.read_text().splitlines()} == stages
     whole, killed = (open_set("set", tmp_path / root) for root in ("whole", "killed"))
     assert contents(whole) == contents(killed)
-    assert whole.manifest.index["kind"] == "ivf-pq"
+    assert whole.manifest.index["kind"] == kind
 
 
 def test_half_a_line_and_pixels_without_one_are_done_again(photos, exact, tmp_path, monkeypatch):
@@ -368,3 +377,13 @@ def test_every_error_here_has_a_code_of_its_own():
     codes = [e.code for e in (InvalidPatches, PatchSetBusy, PatchSetUnusable, DiskFull)]
     codes += [neighbours.TooFewPatches.code, neighbours.IndexFailed.code]
     assert len({CoreError.code, *codes}) == 7
+
+
+def test_what_a_stopped_deletion_left_goes_with_the_next(photos: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        build(photos, name, SMALL, neighbours.indexer(), root=tmp_path)
+    left = (tmp_path / "one").rename(tmp_path / ".one.1")
+    (tmp_path / ".other").mkdir()
+    delete("two", tmp_path)
+    assert not left.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [".other"]
