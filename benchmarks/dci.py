@@ -188,7 +188,7 @@ def extrapolate(
     compared = way.pixel_distances(queries)
     whole = clocked(lambda: way.distances(queries)) / len(queries)
     flat = queries.reshape(len(queries), -1)
-    walked = clocked(lambda: lines.index.candidates(flat, 1, NOBODY)) / len(queries)
+    walked = clocked(lambda: list(lines.index.candidates(flat, 1, NOBODY))) / len(queries)
     ranked = whole - walked
     projecting = took["patches"] / n * count
     sorting = took["sorting"] / (n * math.log2(n)) * count * math.log2(count)

@@ -214,13 +214,20 @@ class Engine:
         """All that are here: admitted, and not returned by `advance` or taken out since."""
         return [*self._groups, *(group for group, *_ in self._waiting), *self._finished]
 
+    @property
+    def held(self) -> int:
+        """Bytes that rows hold on the device between two strides, but for their losses' terms."""
+        if not self._groups:
+            return 0
+        return sum(getattr(self._rows, name).nbytes for name in ROW_STATE)
+
     def admit(self, group: Group, state: Mapping[str, Tensor] | None = None) -> None:
         """Lets `group` join at the next stride; anew, or from a `state_of` the same job.
 
         Raises:
             UnfitState: `state` is that of another job or version.
         """
-        rows = self._fresh_rows(group)
+        rows = self._fresh_rows(group, group.spec.corners)
         if state is not None:
             _restore(group, rows, state)
         if not group.running.any():
@@ -259,8 +266,8 @@ class Engine:
         Raises:
             UnknownName: no group of that key is here.
         """
-        group, rows, corner = self._share(key)
-        group.corners[_index(corner, rows)] = group.parametrization.images(rows.kept)
+        group, rows, where, corner = self._share(key)
+        group.corners[_index(corner, rows)] = group.parametrization.images(rows.kept[where])
         group.reason[group.running] = STOPPED
         self._drop(group)
         return group
@@ -279,15 +286,15 @@ class Engine:
         Raises:
             UnknownName: no group of that key is here.
         """
-        group, rows, corner = self._share(key)
+        group, rows, where, corner = self._share(key)
         state: dict[str, Tensor] = {}
         for name in ROW_STATE:
-            own = getattr(rows, name).cpu()
-            whole = own.new_zeros(group.spec.corners, *own.shape[1:])
-            whole[torch.from_numpy(corner)] = own
+            own = getattr(rows, name)[where]  # no copy, for want of memory
+            whole = torch.zeros(group.spec.corners, *own.shape[1:], dtype=own.dtype)
+            whole[torch.from_numpy(corner)] = own.cpu()
             state[name] = whole
         best = group.corners.clone()
-        best[_index(corner, rows)] = group.parametrization.images(rows.kept)
+        best[_index(corner, rows)] = group.parametrization.images(rows.kept[where])
         state["corners"] = best.cpu()
         host: dict[str, Any] = {
             "job": list(group.fingerprint),
@@ -304,19 +311,20 @@ class Engine:
             state[f"{name}.values"] = values
         return state
 
-    def _share(self, key: str) -> tuple[Group, _Rows, Integers]:
-        """The group called `key`, what the device holds of its rows, and their corners' numbers."""
-        for waiting in self._waiting:
-            if waiting[0].key == key:
-                return waiting
+    def _share(self, key: str) -> tuple[Group, _Rows, slice, Integers]:
+        """The group called `key`, rows of the device, which of them are its own, and their corners'
+        numbers.
+        """
+        for group, rows, corner in self._waiting:
+            if group.key == key:
+                return group, rows, slice(0, len(corner)), corner
         for group, where in self._places():
             if group.key == key:
-                rows = self._rows.select(_index(np.arange(where.start, where.stop), self._rows))
-                return group, rows, self._corner[where]
+                return group, self._rows, where, self._corner[where]
         for group in self._finished:
             if group.key == key:
-                none, rows = np.empty(0, np.int64), self._fresh_rows(group)
-                return group, rows.select(_index(none, rows)), none
+                none = np.empty(0, np.int64)
+                return group, self._fresh_rows(group, 0), slice(0, 0), none
         raise UnknownName("running job", key, [group.key for group in self.groups])
 
     def _drop(self, group: Group) -> None:
@@ -330,6 +338,9 @@ class Engine:
         owners, owner = np.unique(self._owner[stay], return_inverse=True)
         if len(owners):  # first, since it may fail for want of memory
             self._rows = _filled(self._rows, np.flatnonzero(stay))
+        else:  # who is idle holds no memory
+            del self._rows
+            self._points = []
         self._owner, self._corner = owner, self._corner[stay]
         self._groups = [self._groups[i] for i in owners]
 
@@ -338,7 +349,7 @@ class Engine:
             return
         groups, parts, corners = map(list, zip(*self._waiting, strict=True))
         if self._groups:
-            parts.insert(0, self._rows.select(_index(np.arange(len(self._owner)), self._rows)))
+            parts.insert(0, self._rows.select(slice(len(self._owner))))
         owners = [np.full(len(own), len(self._groups) + i) for i, own in enumerate(corners)]
         owner = np.concatenate([self._owner, *owners])
         rows = _Rows.stack(parts)
@@ -347,9 +358,9 @@ class Engine:
         self._owner, self._corner = owner, np.concatenate([self._corner, *corners])
         self._groups, self._waiting = [*self._groups, *groups], []
 
-    def _fresh_rows(self, group: Group) -> _Rows:
-        parameters = group.parametrization.start(group.spec.corners)
-        each = parameters.new_ones(group.spec.corners)
+    def _fresh_rows(self, group: Group, corners: int) -> _Rows:
+        parameters = group.parametrization.start(corners)
+        each = parameters.new_ones(corners)
         image = each.view(-1, *[1] * group.source.dim())
         free = group.spec.pixel_range == "free"
         mean, square = DECAYS[self.optimizer]

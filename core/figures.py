@@ -30,14 +30,15 @@ Numbers = NDArray[np.floating[Any]]
 
 DPI = 72  # a point is a pixel, so every length below is in pixels
 FONT, LINE, LETTER = 13, 18, 7.2  # size, height of a line, width of an average letter
-MIN_WIDTH, MAX_WIDTH, MAX_PITCH = 1000, 1600, 280
-MAX_HEIGHT = 1440  # of the images alone
+MIN_WIDTH, MAX_WIDTH = 1000, 1600
+MIN_PITCH, MAX_PITCH = 140, 280
+MAX_HEIGHT = 1440  # of the images alone, where the least pitch allows it
 MARGIN, APART, GAP = 20, 36, 14
 CURVES_SIZE = 1400, 500
 HULL_SIZE = 900, 780
 CORNERS_SHOWN, CORNER_COLUMNS = 32, 6
 SNAPSHOT_ROWS, SNAPSHOT_COLUMNS = 8, 7
-STRIPS, STRIP_IMAGES = 8, 10
+STRIPS, STRIP_IMAGES = 20, 10
 LEAST_SIDE = 64  # of an image in which regions are looked for
 LETTERS = 24  # in a line of a corner's cell, at 8 cells across
 COLOURS = matplotlib.color_sequences["petroff10"]
@@ -462,7 +463,8 @@ def _sheet(
     """
     before = 1 if ends else 0
     across = max(map(len, grid)) + 2 * before
-    pitch = min(MAX_PITCH, (MAX_WIDTH - 2 * (MARGIN + APART)) // across, MAX_HEIGHT // len(grid))
+    pitch = max(MIN_PITCH, min(MAX_PITCH, MAX_HEIGHT // len(grid)))
+    pitch = min(pitch, (MAX_WIDTH - 2 * (MARGIN + APART)) // across)
     page_width = max(MIN_WIDTH, across * pitch + 2 * (MARGIN + APART))
     shape = grid[0][0].image.shape[1:]
     scale = (pitch - GAP) / max(shape)

@@ -28,6 +28,7 @@ FIRST, SPARED = 10.0, 0.75
 # Of the energy, what a margin of 0 costs. Ten times as much drowns the features: on SqueezeNet a
 # residual of 0.34 became 0.54.
 MINDED = 0.1
+NARROW = 0.1  # pixels: a Gaussian that leaves all as it is
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Hull:
 
     def _coarse(self, images: Tensor) -> Tensor:
         """What of `images` [K, C, H, W] counts for the spread that is driven at."""
-        if not self.settings.low_pass:
+        if self.settings.low_pass < NARROW:
             return images
         rows, columns = (
             torch.from_numpy(gaussian(side, self.settings.low_pass)).to(images)

@@ -188,13 +188,13 @@ def prepare(
     key: str,
     library: Library | None = None,
     on_part: Callable[[], object] = lambda: None,
-    company: bool = False,
+    promised: int | None = None,
 ) -> Job:
     """Checks the images and settings against the network and builds the engine's group.
 
     A job for the exact solver needs no engine, and passes through one at once. `library` has the
-    sets that jobs of patches name; `on_part` is called as the search for patches goes on. In
-    `company`, other jobs of this process hold memory that they will give back.
+    sets that jobs of patches name; `on_part` is called as the search for patches goes on. Other
+    jobs of this process may still take `promised` bytes; null without any.
 
     Raises:
         InvalidSpec: the images are the same, the target is not of the class that the spec names,
@@ -232,7 +232,7 @@ def prepare(
         neighbours = library.neighbours(spec.patches.set or "")
         size = neighbours.patches.geometry.size
         windows = Windows.of_job(spec, window=size, image=source.pixels.shape)
-    subject.footprint.check(spec, windows, company=company)
+    subject.footprint.check(spec, windows, promised=promised)
     without = spec.objective == "plain" or spec.solver == "null_space"
     units = None if without else choose_units(tap, goal, pair[0], spec)
     if units is None:

@@ -28,6 +28,8 @@ COEFFICIENTS, KEPT, MADE = 7, 3, 4
 GRADIENTS = 3
 # Rows that join an engine are there three times: as admitted, stacked, and filled up.
 JOINING = 3
+# A checkpoint is there twice, as tensors and as bytes.
+CHECKPOINT = 2
 # An image is composed, then has a gradient, beside three maps of a channel each.
 COMPOSED = 3
 CGROUP = Path("/sys/fs/cgroup")
@@ -57,13 +59,15 @@ class Footprint:
         """`image` [1, C, H, W] is any; `working_tap` optimises, `tap` measures."""
         self._tap, self._working, self._image = tap, working_tap, image
         self._passes: dict[tuple[bool, bool, bool], int] = {}
+        self.checkpoints = False  # whether they are taken of jobs while these are stepped
 
     def check(
-        self, spec: CollisionSpec, windows: Windows | None = None, *, company: bool = False
+        self, spec: CollisionSpec, windows: Windows | None = None, *, promised: int | None = None
     ) -> None:
         """That a job of `spec`, with `windows` if it is one of patches, fits into free memory.
 
-        In `company`, what this process holds now belongs to other jobs, which will give it back.
+        Where there are other jobs, which will give back what this process holds, `promised` are
+        the bytes that they may still take.
 
         Raises:
             TooLittleMemory: it does not fit, even alone.
@@ -72,9 +76,9 @@ class Footprint:
         device = self._image.device
         steps, measuring = self.steps(spec, windows), self.measuring(spec)
         needed, there = max(steps, measuring), free(device)
-        if needed <= there:
+        if needed <= there - (promised or 0):
             return
-        if company and needed <= there + _own(device):
+        if promised is not None and needed <= there + _own(device):
             raise MemoryBusy()
         if measuring > steps and spec.worst_starts:
             less = "fewer worst_starts"
@@ -105,7 +109,10 @@ class Footprint:
         if windows:
             group += 3 * windows.count * windows.source_size**2
         if self._image.device.type == "cpu":
-            group += 2 * spec.snapshots * spec.corners * values
+            snapshots = 2 * spec.snapshots * spec.corners * values
+            group += snapshots
+            if self.checkpoints:
+                group += CHECKPOINT * (moving + parameters + spec.corners * values + snapshots)
         rows = corners + _filled(points, values)
         logits = spec.objective == "hull" and bool(spec.hull.margin)
         network = rows * (self._per_image(True, logits, True) // FLOAT + MADE * units)
@@ -145,7 +152,7 @@ class Footprint:
                         ones = [torch.ones_like(output) for output in outputs]
                         torch.autograd.grad(outputs, leaf, ones)
 
-            self._passes[key] = most(once, self._image.device)
+            self._passes[key] = most(once)
         return self._passes[key]
 
 
@@ -158,13 +165,12 @@ def free(device: torch.device) -> int:
     return min(available, _granted())
 
 
-def most(run: Callable[[], object], device: torch.device) -> int:
-    """The bytes that `run` adds at most to those that tensors on `device` take."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
+def most(run: Callable[[], object]) -> int:
+    """The bytes that `run` adds at most to those that tensors take, on any device.
+
+    Other threads do not count, unlike in the statistics of a device. What libraries take for
+    themselves while they compute is left out.
+    """
     counting = _Counting()
     with counting:
         run()
@@ -213,15 +219,19 @@ def _own(device: torch.device) -> int:
 
 
 def _granted() -> int:
-    """Bytes that a container may still take; as good as infinite without a limit."""
+    """Bytes that a container may still take; as good as infinite without a limit.
+
+    Limits of cgroup v1 are not looked at.
+    """
     try:
         limit = int((CGROUP / "memory.max").read_text())
         taken = int((CGROUP / "memory.current").read_text())
         lines = (CGROUP / "memory.stat").read_text().splitlines()
-        cached = dict(line.split() for line in lines)["inactive_file"]  # given up when asked for
-    except (OSError, ValueError, KeyError):  # no cgroup, or "max"
+        stat = dict(line.split() for line in lines)
+        cached = int(stat["inactive_file"]) + int(stat["active_file"])  # given up when asked for
+    except (OSError, ValueError, KeyError):  # no cgroup v2, or "max"
         return sys.maxsize
-    return limit - taken + int(cached)
+    return limit - taken + cached
 
 
 def _filled(rows: int, values: int) -> int:

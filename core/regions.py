@@ -4,7 +4,7 @@ Torch-free, since pictures are drawn from it.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ def low_pass(images: Pixels) -> Floats:
     return ndimage.gaussian_filter(images.astype(np.float64), SIGMA, mode="reflect", axes=(-2, -1))
 
 
-@cache
+@lru_cache(maxsize=8)
 def gaussian(side: int, sigma: float) -> Floats:
     """A Gaussian of `sigma` pixels on a line of `side`, as `low_pass` has it: symmetric [n, n]."""
     made: Floats = ndimage.gaussian_filter1d(np.eye(side), sigma, mode="reflect")

@@ -205,7 +205,10 @@ def build_patches(
 @patch_sets.command("list")
 def list_patches(
     service: Annotated[
-        bool, typer.Option("--service", help="Those of the service's workers instead.")
+        bool,
+        typer.Option(
+            "--service", help="Those of the service's workers instead: at --url, by --api-key."
+        ),
     ] = False,
     url: Url = None,
     api_key: ApiKey = None,

@@ -4,12 +4,11 @@ They run on any other network as well. Numbers of tables and figures follow our 
 paper; the title of each tells what it runs.
 """
 
+import hashlib
 import json as jsonlib
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import islice
 from operator import attrgetter
 from pathlib import Path, PurePath
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 import typer
 from numpy.typing import NDArray
 from pydantic import ValidationError
+from rich.progress import Progress
 
 from core import complaints, figures, images, job
 from core.errors import InvalidImage, InvalidSpec, ModelUnavailable
@@ -47,7 +47,7 @@ FC6 = "vgg16", "classifier.0"
 PAPERS = {"pixels": "paper-vgg16-pixels", "patches": "paper-vgg16-patches-text"}
 OURS = {"pixels": "hull", "patches": "patches"}
 PAIRS = 4  # the paper's Table 4 has as many
-SEED = 0  # of the shuffle of pairs
+SEED = 0  # of the order in which images are drawn
 COLUMNS = 5  # a table has a column for each of so many pairs, of more only their means
 MIXTURES = 6
 
@@ -98,17 +98,17 @@ class Experiment:
     """What a table or figure of the paper shows.
 
     `title` has a place for the parametrization, which picks the preset; `settings` go over that.
-    `pictures` by the names of their files: the rows that a pair has in each, and what to read
-    below. `needs` is a setting without which there is nothing to show. With `own_class` the
-    target is of the source's own class.
+    `rows` are the table's for a parametrization. `pictures` by the names of their files: the rows
+    that a pair has in each, and what to read below. `needs` is a setting without which there is
+    nothing to show. With `own_class` the target is of the source's own class.
     """
 
     title: str
     parametrization: str
-    rows: list[Row]
+    rows: Callable[[str], list[Row]]
     settings: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, tuple[Callable[[Found], list[Strip]], str]] = field(default_factory=dict)
-    needs: str = "corners"
+    needs: str | None = None
     own_class: bool = False
 
 
@@ -141,7 +141,7 @@ def reproduce(name: str, asked: Asked, device: torch.device) -> None:
         results = {f.pair.name: f.result.model_dump(mode="json") for f in found}
         show_json(jsonlib.dumps(results, indent=2))
     else:
-        _show(title, experiment, found)
+        _show(title, experiment.rows(spec.parametrization), found)
     for file, (strips, told) in experiment.pictures.items():
         assert asked.out
         rows = [strip for one in found for strip in strips(one)]
@@ -172,14 +172,19 @@ def _spec(name: str, experiment: Experiment, over: dict[str, Any]) -> CollisionS
         spec = CollisionSpec.model_validate(preset | experiment.settings | where)
     except ValidationError as error:
         told = complaints.sentence(error, CollisionSpec)
-        if "patches.set" in told:
+        if told.startswith("Patches come from"):  # none is named
             told = (
                 "Corners by patches need a patch set: `polycollide patches build FOLDER --name "
                 "NAME`, then --set patches.set=NAME."
             )
         raise InvalidSpec(told) from error
-    if not attrgetter(experiment.needs)(spec):
+    if experiment.needs and not attrgetter(experiment.needs)(spec):
         raise InvalidSpec(f"{name} needs {experiment.needs}; set it to 1 or more.")
+    if experiment.needs == "snapshots" and spec.solver != "gradient":
+        raise InvalidSpec(
+            f"{name} shows corners step by step, and solver {spec.solver} takes no steps; leave "
+            "it out."
+        )
     return spec
 
 
@@ -198,27 +203,8 @@ def _open(spec: CollisionSpec, device: torch.device, *, chosen: bool) -> job.Sub
 
 def _pairs(subject: job.Subject, experiment: Experiment, asked: Asked) -> list[Pair]:
     """Those given, or else drawn; raises InvalidSpec where they do not fit the experiment."""
-
-    @cache
-    def seen(reference: str) -> int | None:
-        """The class; None for what is no image."""
-        try:
-            image = images.load(*images.read(reference), subject.model.preprocessing)
-        except InvalidImage:
-            return None
-        with torch.no_grad():
-            logits = subject.tap.logits(torch.from_numpy(image.pixels)[None].to(subject.device))
-        return int(logits.argmax())
-
     if not (asked.sources or asked.targets):
-        drawn = _drawn(_references(asked.folder), seen, own_class=experiment.own_class)
-        pairs = list(islice(drawn, asked.count or PAIRS))
-        if not pairs:
-            raise InvalidSpec(
-                "No two of these images are of different classes to the network; give others by "
-                "--source and --target, or by --images."
-            )
-        return _named(pairs)
+        return _named(_drawn(subject, experiment, asked))
     if asked.folder or asked.count:
         raise InvalidSpec(
             "Give pairs by --source and --target, or have them drawn by --images and --pairs."
@@ -229,10 +215,7 @@ def _pairs(subject: job.Subject, experiment: Experiment, asked: Asked) -> list[P
     for one in [*asked.sources, *asked.targets]:  # before the first of them takes an hour
         images.load(*images.read(one), subject.model.preprocessing)
     for source, target in given if experiment.own_class else []:
-        first, last = (
-            classes[label] if label is not None else "no image"
-            for label in (seen(source), seen(target))
-        )
+        first, last = (classes[_label(subject, one)] for one in (source, target))
         if first != last:
             raise InvalidSpec(
                 f"This figure takes a target of the source's own class, but {subject.model.name} "
@@ -241,35 +224,61 @@ def _pairs(subject: job.Subject, experiment: Experiment, asked: Asked) -> list[P
     return _named(given)
 
 
-def _references(folder: Path | None) -> list[str]:
-    """Every file below `folder`; without one, the photographs that come with the package."""
+def _drawn(subject: job.Subject, experiment: Experiment, asked: Asked) -> list[tuple[str, str]]:
+    """Images of different classes, both ways round; or by `own_class` each image with itself.
+
+    Images come in a shuffled order and are classified once, as far as it takes. More pairs begin
+    with the same ones.
+    """
+    references, wanted = _references(asked.folder, asked.out), asked.count or PAIRS
+    shuffled = [references[i] for i in np.random.default_rng(SEED).permutation(len(references))]
+    labels, pairs = dict[str, int](), list[tuple[str, str]]()
+    with Progress(console=aside, transient=True, disable=not aside.is_terminal) as bar:
+        for new in bar.track(shuffled, description="drawing pairs"):
+            try:
+                label = _label(subject, new)
+            except InvalidImage:
+                continue
+            others = [one for one, its in labels.items() if its != label]
+            both = [pair for one in others for pair in ((one, new), (new, one))]
+            pairs += [(new, new)] if experiment.own_class else both
+            labels[new] = label
+            if len(pairs) >= wanted:
+                return pairs[:wanted]
+    if not labels:
+        raise InvalidSpec(
+            f"There is no image below {str(asked.folder)!r}; give --images a folder with some."
+        )
+    if not pairs:
+        raise InvalidSpec(
+            "No two of these images are of different classes to the network; give others by "
+            "--source and --target, or by --images."
+        )
+    aside.print(f"These images make {len(pairs)} pairs, not {wanted}.", highlight=False)
+    return pairs
+
+
+def _references(folder: Path | None, out: Path | None) -> list[str]:
+    """Every file below `folder`, but for what lies in `out`; or else the packaged photographs."""
     if folder is None:
         return [f"sample:{name}" for name in images.sample_names() if name.startswith("photos/")]
     if not folder.is_dir():
         raise InvalidSpec(f"There is no folder {str(folder)!r}; give --images one with images.")
-    return sorted(str(file) for file in folder.rglob("*") if file.is_file())
+    within, results = folder.resolve(), out.resolve() if out else None
+    if results == within:
+        raise InvalidSpec("--out is the folder of --images; name another one, or one inside it.")
+    if results and within not in results.parents:
+        results = None
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return sorted(str(file) for file in files if results not in file.resolve().parents)
 
 
-def _drawn(
-    references: Sequence[str], seen: Callable[[str], int | None], *, own_class: bool
-) -> Iterator[tuple[str, str]]:
-    """Ordered pairs of different classes; with `own_class`, each image with itself. Shuffled."""
-    rng, count = np.random.default_rng(SEED), len(references)
-    if own_class:
-        shuffled = (references[i] for i in rng.permutation(count))
-        yield from ((one, one) for one in shuffled if seen(one) is not None)
-        return
-    total, drawn = count * (count - 1), set[int]()
-    while len(drawn) < total:  # of large folders, all pairs would fill the memory
-        number = int(rng.integers(total))
-        if number in drawn:
-            continue
-        drawn.add(number)
-        first, second = divmod(number, count - 1)
-        pair = references[first], references[second + (second >= first)]
-        labels = [seen(one) for one in pair]
-        if None not in labels and labels[0] != labels[1]:
-            yield pair
+def _label(subject: job.Subject, reference: str) -> int:
+    """What the network takes an image for. Raises InvalidImage for what is none."""
+    image = images.load(*images.read(reference), subject.model.preprocessing)
+    with torch.no_grad():
+        logits = subject.tap.logits(torch.from_numpy(image.pixels)[None].to(subject.device))
+    return int(logits.argmax())
 
 
 def _named(pairs: Iterable[tuple[str, str]]) -> list[Pair]:
@@ -295,7 +304,7 @@ def _collide(
         images.load(*images.read(one), subject.model.preprocessing)
         for one in (pair.source, pair.target)
     )
-    folder = out / f"{spec.parametrization}-{spec.corners}" / pair.name if out else None
+    folder = out / _settings_folder(spec) / pair.name if out else None
     if folder and (kept := _kept(folder)):
         is_of, wanted = kept.provenance, (subject.model.weights_sha256, patch_set_sha256)
         same = (is_of.source_sha256, is_of.target_sha256) == (source.sha256, target.sha256)
@@ -309,6 +318,12 @@ def _collide(
     if folder:
         local.write(folder, done, outcome)
     return Found(pair, source, target, outcome.result, folder)
+
+
+def _settings_folder(spec: CollisionSpec) -> str:
+    """Other settings have another folder, so that no result takes another's place."""
+    sha256 = hashlib.sha256(spec.model_dump_json(exclude_defaults=True).encode()).hexdigest()
+    return f"{spec.parametrization}-{spec.corners}-{sha256[:8]}"
 
 
 def _kept(folder: Path) -> Result | None:
@@ -325,19 +340,20 @@ def _title(name: str, experiment: Experiment, spec: CollisionSpec, asked: Asked)
     preset = f" (preset {spec.preset})" if spec.preset else ""
     title = f"{kind} {number}: {experiment.title.format(f'by {spec.parametrization}')}, on "
     title += f"{spec.model} at {spec.layer}, with {whose} settings{preset}"
-    if changes := [one for one in asked.settings if not one.startswith("patches.set=")]:
+    changes = [f"weights={asked.named['weights']}"] if "weights" in asked.named else []
+    if changes := changes + [one for one in asked.settings if not one.startswith("patches.set=")]:
         title += f" but {', '.join(changes)}"
     return title if (spec.model, spec.layer) == FC6 else f"{title}: not the paper's VGG-16 at FC-6"
 
 
-def _show(title: str, experiment: Experiment, found: list[Found]) -> None:
+def _show(title: str, rows: list[Row], found: list[Found]) -> None:
     results = [one.result for one in found]
     columns = [results] if len(found) > 1 else []
     each = [[result] for result in results] if len(found) <= COLUMNS else []
     names = [*map(str, range(1, len(each) + 1)), *[f"all {len(found)}"] * len(columns)]
     console.print(title, highlight=False, soft_wrap=True)
     table = listing("", "paper", *names)
-    for row in experiment.rows:
+    for row in rows:
         table.add_row(row.name, row.paper, *map(row.ours, [*each, *columns]))
     console.print(table)
     notes = [NOTE]
@@ -347,7 +363,7 @@ def _show(title: str, experiment: Experiment, found: list[Found]) -> None:
         first, last = (f"{name} ({class_})" for name, class_ in zip(names, seen, strict=True))
         notes.append(f"{number}: {first} to {last}.")
     missing = results[0].polytope.perceptual_missing
-    if missing and LPIPS in experiment.rows:
+    if missing and LPIPS in rows:
         notes.append(missing)
     console.print("\n".join(notes), highlight=False, soft_wrap=True)
 
@@ -365,12 +381,6 @@ def _in_0_255(of: Callable[[Result], float | None]) -> Ours:
 
 
 ENDS = [Row("pairs converged", "", converged), Row("steps", "", mean(lambda r: r.steps, 0))]
-APART = _in_0_255(lambda r: r.polytope.mean_pairwise_distance)
-NATURAL = [
-    Row("  natural images", "37538", _in_0_255(lambda r: r.polytope.natural_distance)),
-    Row("to source", "", _in_0_255(of_corners("distance_to_source"))),
-    Row("to target", "", _in_0_255(of_corners("distance_to_target"))),
-]
 INSIDE = [
     Row("colliding", "", FLOATS[0]),
     Row("  interval", "", FLOATS[1]),
@@ -382,33 +392,36 @@ INSIDE = [
     Row("residual", "", mean(interpolated("relative_residual"), 3)),
 ]
 LPIPS = Row("LPIPS", "", mean(lambda r: r.polytope.mean_perceptual))
-BY_PIXELS = [
-    *ENDS,
-    Row("distance apart", "4907 to 9588", APART),
-    *NATURAL,
-    Row("spread", "0.13 to 0.26", mean(lambda r: r.polytope.spread, 3)),
-    *INSIDE,
-]
-BY_PATCHES = [
-    *ENDS,
-    Row("distance apart", "", APART),
-    *NATURAL,
-    Row("spread", "", mean(lambda r: r.polytope.spread, 3)),
-    Row("SSIM", "", mean(lambda r: r.polytope.mean_ssim)),
-    Row("low-pass share", "", mean(lambda r: r.polytope.mean_low_pass_share)),
-    LPIPS,
-    *INSIDE,
-]
-RADIUS = _in_0_255(lambda r: r.ball.radius if r.ball else None)
 
 
-def _ball(paper: str, inside: str) -> list[Row]:
+def _apart(parametrization: str) -> list[Row]:
+    """Distances and interpolations. The paper's are of corners by pixels."""
+    by_pixels = parametrization == "pixels"
+    apart = _in_0_255(lambda r: r.polytope.mean_pairwise_distance)
     return [
         *ENDS,
-        Row("radius of the ball", "", RADIUS),
-        Row("colliding in it", paper, BALL[0]),
+        Row("distance apart", "4907 to 9588" * by_pixels, apart),
+        Row("  natural images", "37538", _in_0_255(lambda r: r.polytope.natural_distance)),
+        Row("to source", "", _in_0_255(of_corners("distance_to_source"))),
+        Row("to target", "", _in_0_255(of_corners("distance_to_target"))),
+        Row("spread", "0.13 to 0.26" * by_pixels, mean(lambda r: r.polytope.spread, 3)),
+        Row("SSIM", "", mean(lambda r: r.polytope.mean_ssim)),
+        Row("low-pass share", "", mean(lambda r: r.polytope.mean_low_pass_share)),
+        LPIPS,
+        *INSIDE,
+    ]
+
+
+def _ball(parametrization: str) -> list[Row]:
+    """The ball of Appendix B. The paper's is around corners by pixels."""
+    by_pixels = parametrization == "pixels"
+    radius = _in_0_255(lambda r: r.ball.radius if r.ball else None)
+    return [
+        *ENDS,
+        Row("radius of the ball", "", radius),
+        Row("colliding in it", "0.0 to 24.8 %" * by_pixels, BALL[0]),
         Row("  interval", "", BALL[1]),
-        Row("in the polytope", inside, FLOATS[0]),
+        Row("in the polytope", "100 %" * by_pixels, FLOATS[0]),
         Row("  interval", "", FLOATS[1]),
     ]
 
@@ -461,51 +474,44 @@ BETWEEN = (
 WAY = (_snapshots, "The corners on their way, a row for each.")
 
 EXPERIMENTS = {
-    "table2": Experiment("distances between corners {}", "pixels", BY_PIXELS),
-    "table3": Experiment("distances between corners {}", "patches", BY_PATCHES),
-    "table4": Experiment(
-        "the ball around corners {}",
-        "pixels",
-        _ball("0.0 to 24.8 %", "100 %"),
-        needs="ball_samples",
-    ),
-    "table5": Experiment(
-        "the ball around corners {}", "patches", _ball("", ""), needs="ball_samples"
-    ),
-    "fig3": Experiment("corners {}", "pixels", BY_PIXELS, pictures={"fig3.png": CORNERS}),
-    "fig7": Experiment("corners {}", "patches", BY_PATCHES, pictures={"fig7.png": CORNERS}),
+    "table2": Experiment("distances between corners {}", "pixels", _apart),
+    "table3": Experiment("distances between corners {}", "patches", _apart),
+    "table4": Experiment("the ball around corners {}", "pixels", _ball, needs="ball_samples"),
+    "table5": Experiment("the ball around corners {}", "patches", _ball, needs="ball_samples"),
+    "fig3": Experiment("corners {}", "pixels", _apart, pictures={"fig3.png": CORNERS}),
+    "fig7": Experiment("corners {}", "patches", _apart, pictures={"fig7.png": CORNERS}),
     "fig8": Experiment(
         "corners {}, target of the source's own class",
         "patches",
-        BY_PATCHES,
+        _apart,
         pictures={"fig8.png": CORNERS, "fig8b.png": BOXES},
         own_class=True,
     ),
     "fig9": Experiment(
         "interpolations between corners {}",
         "pixels",
-        BY_PIXELS,
+        _apart,
         pictures={"fig9.png": BETWEEN},
         needs="interpolation.samples",
     ),
     "fig10": Experiment(
         "interpolations between corners {}",
         "patches",
-        BY_PATCHES,
+        _apart,
         pictures={"fig10.png": BETWEEN},
         needs="interpolation.samples",
     ),
     "fig11": Experiment(
         "ten corners {}",
         "pixels",
-        BY_PIXELS,
+        _apart,
         settings={"corners": 10},
         pictures={"fig11.png": CORNERS},
     ),
     "fig12": Experiment(
         "the way to corners {}",
         "pixels",
-        BY_PIXELS,
+        _apart,
         pictures={"fig12.png": WAY},
         needs="snapshots",
     ),

@@ -24,17 +24,21 @@ def files(job: Job) -> dict[str, tuple[str, ...]]:
 
 
 def write(folder: Path, job: Job, contents: dict[str, bytes]) -> list[Path]:
-    """Writes result.json and `contents` in place of an earlier result, and returns the paths."""
+    """Writes `contents` and result.json in place of an earlier result, and returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     clear(folder)
     result = json.dumps(job.result, indent=2).encode()
-    for name, content in {"result.json": result, **contents}.items():
+    for name, content in {**contents, "result.json": result}.items():
         (folder / name).write_bytes(content)
     return [folder / name for name in ("result.json", *contents)]
 
 
 def clear(folder: Path) -> None:
-    """Takes away what an earlier result left, lest two be taken for one; no other file."""
+    """Takes away what an earlier result left, lest two be taken for one; no other file.
+
+    result.json goes first and comes last: a folder that has it is whole.
+    """
+    (folder / "result.json").unlink(missing_ok=True)
     for file in folder.iterdir():
         if OURS.fullmatch(file.name):
             file.unlink()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -23,7 +24,7 @@ _MODELS = text(f"""
 """)
 
 
-_PATCH_SETS = text(f"SELECT name, size FROM patch_sets WHERE {LIVE}")
+_PATCH_SETS = text(f"SELECT DISTINCT name, size FROM patch_sets WHERE {LIVE}")
 _ANY_WORKER = text(f"SELECT EXISTS (SELECT FROM workers WHERE NOT draining AND {FRESH})")
 
 
@@ -75,8 +76,24 @@ class Catalog:
                 _check_index(spec.target_class, classes)
         for report in reports:
             self._check_size(spec, report.input_shape)
-            for size in sizes:
-                Windows.of_job(spec, window=size, image=tuple(report.input_shape))
+        misfits: list[InvalidSpec] = []
+        for size, report in product(sizes, reports):
+            try:
+                self._check_windows(spec, size, report.input_shape)
+            except InvalidSpec as error:
+                misfits.append(error)
+        if misfits and len(misfits) == len(sizes) * len(reports):
+            raise misfits[0]
+
+    def _check_windows(self, spec: CollisionSpec, size: int, input_shape: list[int]) -> None:
+        windows = Windows.of_job(spec, window=size, image=tuple(input_shape))
+        parameters = spec.corners * windows.parameters
+        if parameters > self.max_parameters:
+            raise InvalidSpec(
+                f"{spec.corners} corners of {windows.count} windows are {parameters:,} control "
+                f"parameters, over {self.max_parameters:,}; ask for fewer corners, a larger stride "
+                "or smaller surroundings."
+            )
 
     def _check_size(self, spec: CollisionSpec, input_shape: list[int]) -> None:
         parameters = spec.rows * math.prod(input_shape)

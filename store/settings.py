@@ -70,7 +70,9 @@ class Settings(BaseSettings):
     max_queued_jobs: int = Field(100_000, description="That a key may have waiting.")
     max_body_bytes: int = 100 * 2**20  # two images of the largest size, in base64
     max_parameters: int = Field(
-        2**26, description="Rows of a job times pixels and channels: 445 corners of 224 x 224."
+        2**26,
+        description="Rows of a job times pixels and channels: 445 corners of 224 x 224. Of a job "
+        "of patches, also its corners times their control parameters.",
     )
     max_batch_items: int = 10_000
 

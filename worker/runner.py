@@ -30,6 +30,7 @@ from core.job import Job, is_out_of_memory, prepare
 from core.memory import MemoryBusy
 from core.outcome import Outcome, measure
 from core.patches.library import Library
+from core.patches.neighbours import IndexFailed
 from core.patches.sets import PatchSetBusy
 from core.spec import CollisionSpec
 from store import queue, workers
@@ -171,8 +172,8 @@ class Runner:
                 # Who looked while busy may have had no room for what waits.
                 more, exhausted = bool(fresh), idle and not fresh
                 with self._stages("prepare"):
-                    for each in fresh:
-                        self._take(each)
+                    while fresh:  # which holds no state any longer than it takes
+                        self._take(fresh.pop(0))
             here = len(self._held) + len(self._measuring) + len(self._drawing)
             places, idle_now = self._settings.jobs_at_once - here, not here
             due = more or idle_now or time.monotonic() - looked > PATIENCE
@@ -264,7 +265,11 @@ class Runner:
         """Opens a job's network, prepares the job and admits it."""
         claimed = fresh.claimed
         if claimed.batch_key.startswith(queue.ALONE):
-            wait(self._measuring)
+            while self._measuring or self._drawing:
+                awaited: list[Future[Any]] = [*self._measuring, *self._drawing]
+                wait(awaited)
+                self._collect()
+            self._writer.join_all()
         try:
             spec = CollisionSpec.model_validate(claimed.spec)
             station = self._station(claimed.batch_key, spec)
@@ -279,17 +284,24 @@ class Runner:
                 key=str(claimed.lease.token),
                 library=self._library,
                 on_part=self._beat.alive,
-                company=self._company,
+                promised=self._promised if self._company else None,
             )
+            if not station.rows:
+                # Who was idle starts level with those who were not.
+                others = [other.spent for other in self._stations.values() if other.rows]
+                station.spent = max(station.spent, min(others, default=0.0))
+                self._opened[claimed.batch_key] = time.monotonic()
+            station.admit(job, fresh.state)
+        except (PatchSetBusy, IndexFailed) as error:
+            # The process that searched may have been killed; the next one need not be.
+            if claimed.attempt < self._settings.max_crashes:
+                self._writer.release(claimed.lease, str(error))
+            else:
+                self._fail(claimed, error)
+            return
         except Exception as error:
             self._fail(claimed, error)
             return
-        if not station.rows:
-            # Who was idle starts level with those who were not.
-            others = [other.spent for other in self._stations.values() if other.rows]
-            station.spent = max(station.spent, min(others, default=0.0))
-            self._opened[claimed.batch_key] = time.monotonic()
-        station.admit(job, fresh.state)
         self._held[claimed.lease.token] = Held(claimed, job, station)
         log.info("began", job=str(claimed.lease.job_id), attempt=claimed.attempt)
 
@@ -305,12 +317,11 @@ class Runner:
 
     def _station(self, batch_key: str, spec: CollisionSpec) -> Station:
         if batch_key not in self._stations:
-            with self._opening():
-                subject = self._bench.subject(spec)
-            station = Station(subject, spec, self._on_step)
             for idle in [key for key, other in self._stations.items() if not other.rows]:
                 del self._stations[idle]
-            self._stations[batch_key] = station
+            with self._opening():
+                subject = self._bench.subject(spec)
+            self._stations[batch_key] = Station(subject, spec, self._on_step, self._promised)
         return self._stations[batch_key]
 
     @contextmanager
@@ -442,7 +453,8 @@ class Runner:
         if group.snapshots.steps and group.snapshots.steps[-1] > held.shown:
             held.shown = group.snapshots.steps[-1]
             self._writer.snapshot(lease, held.shown, group.snapshots.values[-1].numpy())
-        if now - held.kept > self._settings.checkpoint_every.total_seconds():
+        due = now - held.kept > self._settings.checkpoint_every.total_seconds()
+        if due and not self._writer.keeps(lease):
             held.kept = now
             self._writer.checkpoint(lease, held.station.state_of(group))
 
@@ -478,7 +490,15 @@ class Runner:
     @property
     def _company(self) -> bool:
         """Whether other jobs hold memory here."""
-        return bool(self._held) or any(not measured.done() for measured in self._measuring)
+        return bool(self._held or self._measuring or self._drawing)
+
+    @property
+    def _promised(self) -> int:
+        """Bytes that jobs here may take beyond those that they hold now."""
+        measured = [held for future, held in self._measuring.items() if future.running()]
+        return sum(station.promised for station in self._stations.values()) + sum(
+            held.station.subject.footprint.measuring(held.job.spec) for held in measured
+        )
 
     def _fail(self, claimed: Claimed, error: BaseException) -> None:
         busy = isinstance(error, MemoryBusy) or (is_out_of_memory(error) and self._company)

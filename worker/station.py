@@ -47,19 +47,29 @@ class Broken:
 class Station:
     """Jobs of one batch key. `admit` them, `advance` all, take them out by `withdraw`."""
 
-    def __init__(self, subject: Subject, spec: CollisionSpec, on_step: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        spec: CollisionSpec,
+        on_step: Callable[[], None],
+        promised: int = 0,
+    ) -> None:
+        """`promised` are the bytes that jobs elsewhere may still take."""
         self.subject = subject
+        subject.footprint.checkpoints = True
         # Small images gain nothing from several cores at once, but other threads need one.
         small = math.prod(subject.model.input_shape) <= SMALL_IMAGE
         self.threads = 1 if small else THREADS
         torch.set_num_threads(self.threads)
-        self._budget = SHARE * free(subject.device)
+        self._budget = max(1.0, SHARE * (free(subject.device) - promised))
         self.capacity = rows_worth(subject, spec, self._budget)
         self.limit = self.capacity
         log.info("a network is open", model=spec.model, layer=spec.layer, rows=self.capacity)
         self.spent = 0.0  # seconds of this worker's time, for the turns between kinds
         self._engine = subject.engine(spec, on_step)
         self._waiting: deque[tuple[Group, State | None]] = deque()
+        # What each job takes, in bytes and as rows: its own, or as many as would take its memory.
+        self._taken: WeakKeyDictionary[Group, int] = WeakKeyDictionary()
         self._weights: WeakKeyDictionary[Group, int] = WeakKeyDictionary()
         self._quiet = 0
 
@@ -77,14 +87,25 @@ class Station:
         # What comes is taken to be like the heaviest of what is here.
         return int(left / max((self._weights[g] / g.spec.rows for g in self._groups), default=1))
 
+    @property
+    def promised(self) -> int:
+        """Bytes that its jobs may take beyond those that they hold between two strides."""
+        taken = [self._taken[group] for group in self._groups]
+        most = min(sum(taken), max([math.ceil(self._budget), *taken]))
+        return max(0, most - self._engine.held)
+
     def runs(self, group: Group) -> bool:
         """Whether a job is in the engine."""
         return any(group is other for other in self._engine.groups)
 
     def admit(self, job: Job, state: State | None) -> None:
         """Lets a job join, where `state` left it."""
-        self._weights[job.group] = self._weight(job.group)
-        self._waiting.append((job.group, state))
+        group = job.group
+        windows = group.patches.windows if group.patches else None
+        taken = self.subject.footprint.steps(group.spec, windows)
+        self._taken[group] = taken
+        self._weights[group] = max(group.spec.rows, math.ceil(self.capacity * taken / self._budget))
+        self._waiting.append((group, state))
 
     def advance(self) -> tuple[list[Group], list[Broken]]:
         """Takes all rows a stride further; who is finished, and who cannot go on."""
@@ -120,12 +141,6 @@ class Station:
     @property
     def _groups(self) -> list[Group]:
         return [*self._engine.groups, *(group for group, _ in self._waiting)]
-
-    def _weight(self, group: Group) -> int:
-        """The rows of a job, or as many as would take its memory."""
-        windows = group.patches.windows if group.patches else None
-        taken = self.subject.footprint.steps(group.spec, windows)
-        return max(group.spec.rows, math.ceil(self.capacity * taken / self._budget))
 
     def _fill(self) -> list[Broken]:
         """Admits what there is room for; who cannot be."""

@@ -17,7 +17,7 @@ import numpy as np
 import structlog
 import tenacity
 from numpy.typing import NDArray
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import (
     DataError,
@@ -71,6 +71,7 @@ class Writer(threading.Thread):
         self._database, self._settings = database, settings
         self._beat, self._stages = beat, stages
         self._checkpoints: dict[UUID, str] = {}  # the last one of each lease, to be replaced
+        self._keeping: set[UUID] = set()  # leases with one that waits
         self._todo: queues.Queue[Found | Callable[[], None]]
         self._todo = queues.Queue(BACKLOG)
 
@@ -104,9 +105,21 @@ class Writer(threading.Thread):
 
         self._todo.put(lambda: self._end(lease, hand_back))
 
+    def keeps(self, lease: Lease) -> bool:
+        """Whether a checkpoint of the job still waits to be written."""
+        return lease.token in self._keeping
+
     def checkpoint(self, lease: Lease, state: Mapping[str, Tensor]) -> None:
         """Where a job stands; `state` is on the CPU and nobody else's."""
-        self._todo.put(lambda: self._checkpoint(lease, state))
+        self._keeping.add(lease.token)
+
+        def keep() -> None:
+            try:
+                self._checkpoint(lease, state)
+            finally:
+                self._keeping.discard(lease.token)
+
+        self._todo.put(keep)
 
     def snapshot(self, lease: Lease, steps: int, corners: NDArray[np.float32]) -> None:
         """A picture of `corners` [K, C, H, W] on their way, side by side."""
@@ -122,17 +135,21 @@ class Writer(threading.Thread):
 
     def run(self) -> None:
         while True:
-            tasks = [self._todo.get()]
-            while len(tasks) < TOGETHER and not callable(tasks[-1]):
-                try:
-                    tasks.append(self._todo.get_nowait())
-                except queues.Empty:
-                    break
-            self._try(partial(self._succeed, [task for task in tasks if not callable(task)]))
-            for task in tasks:
-                if callable(task):
-                    self._try(task)
-                self._todo.task_done()
+            self._write()
+
+    def _write(self) -> None:
+        """The next tasks; who waits for others after them holds nothing of these."""
+        tasks = [self._todo.get()]
+        while len(tasks) < TOGETHER and not callable(tasks[-1]):
+            try:
+                tasks.append(self._todo.get_nowait())
+            except queues.Empty:
+                break
+        self._try(partial(self._succeed, [task for task in tasks if not callable(task)]))
+        for task in tasks:
+            if callable(task):
+                self._try(task)
+            self._todo.task_done()
 
     def _try(self, task: Callable[[], None]) -> None:
         """A task that fails fails alone; a lease that nobody renews then runs out."""
@@ -203,14 +220,16 @@ class Writer(threading.Thread):
         self._end(lease, fail)
 
     def _checkpoint(self, lease: Lease, state: Mapping[str, Tensor]) -> None:
-        content = save(dict(state))
-        inline = len(content) <= INLINE
-        if not inline:
-            path = checkpoint_path(self._settings.checkpoint_dir, blobs.digest(content))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.write_bytes(content)
-            part.replace(path)
+        folder = self._settings.checkpoint_dir
+        inline = sum(value.nbytes for value in state.values()) <= INLINE
+        if inline:
+            content = save(dict(state))
+        else:  # by way of its file, since `save` holds all of it twice for a moment
+            folder.mkdir(parents=True, exist_ok=True)
+            part = folder / f"{lease.token}.part"
+            save_file(dict(state), part)
+            content = part.read_bytes()
+            part.replace(checkpoint_path(folder, blobs.digest(content)))
         self._ask(
             [lease],
             lambda connection: queue.keep_checkpoint(connection, lease, content, inline=inline),

@@ -4,20 +4,20 @@ A simple index sorts the N points by their projection on a random unit vector; m
 composite index, of which there are L. Algorithm 2 of the paper walks outwards from the query's
 projections with a priority queue that always visits the projection nearest to the query's; a point
 that all m simple indices of a composite index have visited is a candidate there. Each composite
-index stops at `retrieve` candidates (the paper's k0) or `visit` visits (k1). Their union is what
-the caller ranks by true distances.
+index stops at `retrieve` candidates (the paper's k0); the paper's other limit, of k1 visits, is
+left out here. The union of the candidates is what the caller ranks by true distances.
 
 Nothing is visited one by one here, and the candidates are the same. The queue visits in the order
 of |p_j - q_j|, so a point is complete when the queue's frontier reaches its distance
 max_j |p_j - q_j|, and what was visited within a radius are m windows of sorted projections. So a
 radius is sought whose windows hold enough, and a point is a candidate if it lies in all of them.
 Where distances are equal, the paper leaves the order open; here visits are ordered by distance,
-then by point, then by simple index.
+then by point.
 """
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,9 +32,8 @@ FORMAT = 1
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
 
-# What one step holds: 16384 points of a window, 64 queries' windows.
+# Points of a window that one step holds.
 _WINDOW = 1 << 14
-_QUERIES = 64
 
 # A window of more than 1/4 of the points is slower to follow, its points being scattered over the
 # other lines' projections, than all points are to go through in a row.
@@ -97,16 +96,16 @@ class PrioritizedDCI:
         queries: NDArray[Any],
         *,
         retrieve: int,
-        visit: int | None = None,
         exclude: NDArray[np.bool_] | None = None,
-    ) -> list[Ids]:
+    ) -> Iterator[Ids]:
         """The candidates for each of `queries` [Q, D], of all composite indices: ascending ids.
 
-        Each composite index gives its first `retrieve` candidates, or those that its first `visit`
-        visits complete. Points that `exclude` [N] marks are visited and not retrieved.
+        Each composite index gives its first `retrieve` candidates. Points that `exclude` [N] marks
+        are visited and not retrieved. A query is searched for when its candidates are asked for:
+        among many points that takes seconds.
 
-        Raises:
-            InvalidSpec: the queries' size is not the points', a query is not finite, a budget is
+        Raises, when candidates are asked for:
+            InvalidSpec: the queries' size is not the points', a query is not finite, `retrieve` is
                 not positive, or `exclude` is not one mark for each point.
         """
         if queries.ndim != 2 or queries.shape[1] != self.dimensions:
@@ -114,54 +113,40 @@ class PrioritizedDCI:
                 f"Queries of the shape {queries.shape} do not fit an index of vectors of "
                 f"{self.dimensions} numbers."
             )
-        if retrieve < 1 or (visit is not None and visit < 1):
-            raise InvalidSpec("A search must retrieve and visit at least one point.")
+        if retrieve < 1:
+            raise InvalidSpec("A search must retrieve at least one point.")
         if exclude is not None and exclude.shape != (self.points,):
             raise InvalidSpec(
                 f"The points to exclude are marked for {exclude.shape}, not for {self.points}."
             )
-        found: list[Ids] = []
-        for start in range(0, len(queries), _QUERIES):
-            projected = project(queries[start : start + _QUERIES], self.directions)
-            found += self._search(np.moveaxis(projected, 2, 0), retrieve, visit, exclude)
-        return found
+        for query in queries:
+            projected = project(query[None], self.directions)[..., 0]
+            yield self._search(projected, retrieve, exclude)
 
     def _search(
-        self,
-        queries: NDArray[np.float32],
-        retrieve: int,
-        visit: int | None,
-        exclude: NDArray[np.bool_] | None,
-    ) -> list[Ids]:
-        """The candidates for projected queries [Q, L, m]."""
-        found: list[list[Ids]] = [[] for _ in queries]
-        rows, composites = (axis.ravel() for axis in np.indices(queries.shape[:2]))
-        limit = np.full(len(rows), np.inf, np.float32)
-        if visit is not None:
-            limit = self._radius(composites, queries[rows, composites], visit)
-        radius = np.minimum(limit, self._likely(queries, retrieve).ravel())
-        while len(rows):
-            centre = queries[rows, composites]
-            start, end = self._windows(composites, centre, radius)
-            done = radius == limit
+        self, query: NDArray[np.float32], retrieve: int, exclude: NDArray[np.bool_] | None
+    ) -> Ids:
+        """The candidates for a projected query [L, m]."""
+        found: list[Ids] = []
+        composites = np.arange(self.composite)
+        radius = self._likely(query, retrieve)
+        while len(composites):
+            start, end = self._windows(composites, query[composites], radius)
+            done = np.isinf(radius)
             for i, composite in enumerate(composites.tolist()):
-                ids, distance = self._complete(
-                    composite, centre[i], radius[i], start[i], end[i], retrieve, exclude
+                ids = self._complete(
+                    composite, query[composite], radius[i], start[i], end[i], retrieve, exclude
                 )
-                if visit is not None and radius[i] == limit[i]:
-                    ids = self._in_time(
-                        composite, centre[i], radius[i], start[i], end[i], visit, ids, distance
-                    )
                 done[i] |= len(ids) == retrieve
                 if done[i]:
-                    found[rows[i]].append(ids)
-            rows, composites, limit = rows[~done], composites[~done], limit[~done]
+                    found.append(ids)
+            composites = composites[~done]
             twice = 2 * (end - start).sum(1)[~done]
-            radius = np.minimum(limit, self._radius(composites, centre[~done], twice))
-        return [np.unique(np.concatenate(ids)) for ids in found]
+            radius = self._radius(composites, query[composites], twice)
+        return np.unique(np.concatenate(found))
 
-    def _likely(self, queries: NDArray[np.float32], retrieve: int) -> NDArray[np.float32]:
-        """Radii [Q, L] that hold `retrieve` points of a composite index, in all likelihood.
+    def _likely(self, query: NDArray[np.float32], retrieve: int) -> NDArray[np.float32]:
+        """Radii [L] that hold `retrieve` points of a composite index, in all likelihood.
 
         Some points' distances tell: only the time depends on them, not what is found.
         """
@@ -169,12 +154,9 @@ class PrioritizedDCI:
         expected = min(retrieve, self.points) * sampled / self.points
         rank = int(expected + 1.5 * math.sqrt(expected) + 2)
         if rank > sampled:
-            return np.full(queries.shape[:2], np.inf, np.float32)
-        radius = np.empty(queries.shape[:2], np.float32)
-        for row, centre in enumerate(queries):
-            away = np.abs(self._sample - centre[..., None]).max(1)
-            radius[row] = np.partition(away, rank - 1)[:, rank - 1]
-        return radius
+            return np.full(self.composite, np.inf, np.float32)
+        away = np.abs(self._sample - query[..., None]).max(1)
+        return np.partition(away, rank - 1)[:, rank - 1]
 
     def _complete(
         self,
@@ -185,8 +167,8 @@ class PrioritizedDCI:
         end: Ids,
         retrieve: int,
         exclude: NDArray[np.bool_] | None,
-    ) -> tuple[Ids, NDArray[np.float32]]:
-        """The first `retrieve` points in all windows [start, end) [m], and their distances."""
+    ) -> Ids:
+        """The first `retrieve` points in all windows [start, end) [m]."""
         # Any one window has all of the points; the narrowest comes first, and each further line
         # sorts out some of what is left.
         lines = np.argsort(end - start, kind="stable").tolist()
@@ -219,46 +201,12 @@ class PrioritizedDCI:
                 nearest = np.lexsort((kept, kept_distance))[:retrieve]
                 kept, kept_distance = kept[nearest], kept_distance[nearest]
                 radius = kept_distance[-1]  # nothing farther comes in any more
-        return kept, kept_distance
-
-    def _in_time(
-        self,
-        composite: int,
-        centre: NDArray[np.float32],
-        radius: np.float32,
-        start: Ids,
-        end: Ids,
-        visit: int,
-        ids: Ids,
-        distance: NDArray[np.float32],
-    ) -> Ids:
-        """Those of `ids` that the first `visit` visits complete.
-
-        `radius` is where the last of these visits lies, so only among the visits at exactly that
-        distance does it matter which come first.
-        """
-        before = np.nextafter(radius, np.float32(-1), dtype=np.float32)
-        at = np.array([composite])
-        inner_start, inner_end = (
-            side[0] for side in self._windows(at, centre[None], np.array([before]))
-        )
-        visited_before = int((inner_end - inner_start).sum())
-        last = np.sort(
-            np.concatenate(
-                [
-                    part
-                    for j, order in enumerate(self.order[composite])
-                    for part in (order[start[j] : inner_start[j]], order[inner_end[j] : end[j]])
-                ]
-            )
-        )
-        turn = np.searchsorted(last, ids, side="right")
-        return ids[(distance < radius) | (turn <= visit - visited_before)]
+        return kept
 
     def _radius(
-        self, composites: Ids, centres: NDArray[np.float32], visits: int | Ids
+        self, composites: Ids, centres: NDArray[np.float32], visits: Ids
     ) -> NDArray[np.float32]:
-        """The distance [P] of the `visits`-th visit to `centres` [P, m]; infinite past the last."""
+        """The distances [P] of the `visits`-th [P] to `centres` [P, m]; infinite past the last."""
         # Floats that are not negative are in the order of their bits, so that halving an interval
         # of integers 31 times finds the very float.
         low = np.zeros(len(centres), np.int32)

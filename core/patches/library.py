@@ -31,7 +31,7 @@ class Library:
                 continue
             try:
                 usable.append(self.open(name))
-            except CoreError:  # damaged, or deleted meanwhile
+            except (CoreError, OSError):  # damaged, not ours to read, or deleted meanwhile
                 continue
         self._sets = {patches.name: self._sets[patches.name] for patches in usable}
         return usable
@@ -49,6 +49,8 @@ class Library:
 
     def neighbours(self, name: str) -> Neighbours:
         """Raises as `open_set` and `Neighbours` do."""
+        if name in self._searched and not self._searched[name].index.alive:
+            self._forget(name)
         patches = self.open(name)
         if name not in self._searched:
             self._searched[name] = Neighbours(patches)

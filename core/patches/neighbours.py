@@ -46,7 +46,7 @@ CANDIDATES = 256  # ranked by their pixels; what is missed with so many, the ind
 SPARE = 16  # candidates of the exact search, whose float32 rounds
 DIMENSIONS, CODES = 64, 32  # of the projection, and bytes that are kept of it
 SAMPLE = 16_384  # patches whose principal components are taken
-QUERIES = 256  # searched for at a time: seconds, where there are many patches
+QUERIES = 256  # that an index is asked for at a time: seconds of exact search, and of faiss
 LEAST_PROBES, MOST_PROBES = 16, 64
 LEAST_TRAINING = 256 * faiss_process.CODE_SAMPLES  # patches: a byte is one of 256 centroids
 PACKED = 2**20  # codes that go to faiss at a time
@@ -89,8 +89,13 @@ class Index(Protocol):
     def candidates(self, queries: Bytes, count: int, excluded: Ids) -> Iterable[Ids]:
         """For each of queries [Q, D] ids near to it, of no image in `excluded` [E].
 
-        At least `count`; -1 may stand among them.
+        At least `count`; -1 may stand among them. Where a query takes long, one is searched for
+        when its ids are asked for, so that the search is seen to go on.
         """
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be searched; a process that it needs may have ended."""
 
     def close(self) -> None: ...
 
@@ -123,8 +128,8 @@ class Neighbours:
 
         Distances [Q, k] are those of pixels in [0, 1], exact for the patches given. `exclude` has
         the sha256 of images whose patches do not count; those that the set does not have are no
-        error. Of equals, the one with the smaller address comes first. `on_part` is called as the
-        search goes on. Raises TooFewPatches, IndexFailed, and ValueError for queries of another
+        error. Of equals, the one with the smaller address comes first. `on_part` is called after
+        each query. Raises TooFewPatches, IndexFailed, and ValueError for queries of another
         shape or type.
         """
         patches, size = self.patches, self.patches.geometry.size
@@ -145,7 +150,7 @@ class Neighbours:
             part = flat[start : start + QUERIES]
             for i, found in enumerate(self.index.candidates(part, k, excluded), start):
                 ids[i], squares[i] = self._ranked(flat[i], found[found >= 0], k)
-            on_part()
+                on_part()
         return patches.addresses(ids), np.sqrt(squares) / 255
 
     def close(self) -> None:
@@ -196,7 +201,7 @@ class _Indexer:
 class Exact:
     """Compares queries with every patch; keeps nothing."""
 
-    memory = 0
+    memory, alive = 0, True
 
     def __init__(self, patches: PatchSet) -> None:
         self.patches = patches
@@ -284,6 +289,10 @@ class InvertedFile:
                 raise
             raise UnreadableIndex(str(error)) from error
 
+    @property
+    def alive(self) -> bool:
+        return self.faiss.process.poll() is None
+
     @classmethod
     def build(cls, patches: PatchSet, seed: int, report: Report) -> dict[str, Any]:
         index, trained, encoded = (patches.folder / f for f in (cls.FILE, cls.TRAINED, cls.ENCODED))
@@ -341,6 +350,7 @@ class RandomLines:
     """Prioritized DCI on the pixels, as the paper has it; its files are mapped into memory."""
 
     PROJECTED, WRITTEN = "projected.f32", "dci.json"
+    alive = True
 
     def __init__(self, patches: PatchSet) -> None:
         self.patches = patches
@@ -377,7 +387,7 @@ class RandomLines:
             starts = ((count * ids[0] + line * len(ids), len(ids)) for ids in _blocks(patches))
             yield np.concatenate([projected[start : start + size] for start, size in starts])
 
-    def candidates(self, queries: Bytes, count: int, excluded: Ids) -> list[Ids]:
+    def candidates(self, queries: Bytes, count: int, excluded: Ids) -> Iterator[Ids]:
         hidden = np.isin(np.arange(len(self.patches.manifest.images)), excluded)
         return self.dci.candidates(
             queries,

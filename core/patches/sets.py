@@ -300,7 +300,8 @@ def names(root: Path | None = None) -> list[str]:
     root = root or default_root()
     if not root.is_dir():
         return []
-    return sorted(f.name for f in root.iterdir() if (f / LOCK).is_file() and NAME.fullmatch(f.name))
+    found = (folder.name for folder in root.iterdir() if NAME.fullmatch(folder.name))
+    return sorted(name for name in found if os.path.isfile(root / name / LOCK))  # or none of ours
 
 
 def delete(name: str, root: Path | None = None) -> None:
@@ -308,14 +309,10 @@ def delete(name: str, root: Path | None = None) -> None:
     folder = _existing(name, root)
     with _locked(folder):
         # At one stroke, so that no half of a set is ever found under its name.
-        folder.rename(folder.with_name(f".{name}.{os.getpid()}"))
-    _sweep(folder.parent)
-
-
-def _sweep(root: Path) -> None:
-    """Removes what was deleted, and what is left of deletions that were stopped."""
-    for lock in root.glob(f".*/{LOCK}"):
-        with suppress(PatchSetBusy, FileNotFoundError), _locked(lock.parent):  # or others do it
+        shutil.rmtree(folder.rename(folder.with_name(f".{name}.{os.getpid()}")))
+    # What is left of deletions that were stopped, where it is ours and nobody is at it.
+    for lock in folder.parent.glob(f".*/{LOCK}"):
+        with suppress(PatchSetBusy, OSError), _locked(lock.parent):
             shutil.rmtree(lock.parent)
 
 

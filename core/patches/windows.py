@@ -59,7 +59,7 @@ class Windows:
         if channels != 3:
             raise InvalidSpec("Patches are of colour images, and this network takes grey ones.")
         made = cls((height, width), window, spec.patches.stride, spec.patches.surround)
-        parameters = spec.corners * made.count * made.source_size**2
+        parameters = spec.corners * made.parameters
         if parameters > MAX_PARAMETERS:
             raise InvalidSpec(
                 f"{made.count} windows with sources of {made.source_size} px make {parameters:,} "
@@ -78,6 +78,11 @@ class Windows:
         """W, how many windows there are."""
         height, width = map(len, map(self._starts, self.image))
         return height * width
+
+    @property
+    def parameters(self) -> int:
+        """Control parameters of a corner: one for each pixel of each source."""
+        return self.count * self.source_size**2
 
     @cached_property
     def positions(self) -> NDArray[np.int64]:

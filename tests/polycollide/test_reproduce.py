@@ -23,7 +23,8 @@ from core.models import ASSETS
 from core.patches import neighbours, sets
 from core.patches.sets import Geometry
 from core.spec import CollisionSpec
-from polycollide import photographs
+from polycollide import photographs, results
+from polycollide.answers import Job
 from polycollide.cli import app
 from polycollide.photographs import EXPERIMENTS
 
@@ -44,6 +45,7 @@ CLASSES = ["dingo", "bear", "eel", "eel", "dingo", "dingo"]
 KOALA, PANDA, MACAW, CHICKEN, DOG, FISH = PHOTOS
 BEAR = 1
 PAIR = ("--source", KOALA, "--target", PANDA)
+EXACT = ("--set", "preset=null", "--set", "solver=exact")
 
 
 @pytest.fixture(scope="session")
@@ -149,7 +151,7 @@ def test_each_experiment_prints_its_table_and_draws_its_pictures(experiment, tmp
     assert max(map(len, table)) <= 80
     assert "of 2" in rows(result)["pairs converged"][-1]
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    assert folder.name == f"{'patches' if patches else 'pixels'}-3"
+    assert re.fullmatch(f"{'patches' if patches else 'pixels'}-3-[0-9a-f]{{8}}", folder.name)
     for pair in folder.iterdir():
         kept = {path.name for path in pair.iterdir()}
         assert kept >= {"result.json", "corners.npz", "corner-2.png", "samples.npz"}
@@ -165,7 +167,7 @@ def test_each_experiment_prints_its_table_and_draws_its_pictures(experiment, tmp
 
 def test_a_pair_is_done_as_run_does_it(tmp_path):
     small("table3", *PAIR, "--out", str(tmp_path / "a"))
-    (pair,) = (tmp_path / "a" / "patches-3").iterdir()
+    (pair,) = (tmp_path / "a").glob("patches-3-*/*")
     assert pair.name == "animal_koala-animal_panda"
     alone = ["run", *MODEL, *PAIR, "--preset", "patches", *told(), "--out", str(tmp_path / "b")]
     assert CliRunner().invoke(app, alone).exit_code == 0
@@ -185,6 +187,36 @@ def test_distances_in_a_table_are_on_the_papers_scale(tmp_path):
     assert "1: animal_koala (dingo) to animal_panda (bear)." in result.stdout
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_papers_figures_stand_beside_corners_by_pixels_alone(experiment, tmp_path):
+    presets = {"patches": "patches", "pixels": "hull"}
+    if experiment == "fig8":
+        del presets["pixels"]  # which collide no image with itself
+    for kind, preset in presets.items():
+        settings = [f"preset={preset}", "max_steps=1"]
+        result = small(experiment, "--pairs", "1", "--out", str(tmp_path), settings=settings)
+        assert f"corners by {kind}" in result.stdout.splitlines()[0]
+        by_pixels, cells = kind == "pixels", rows(result)
+        if experiment in ("table4", "table5"):
+            names = ("colliding in it", "in the polytope")
+        else:
+            names = ("distance apart", "spread")
+            assert cells["natural images"][0] == "37538"
+        assert [len(cells[name]) for name in names] == [1 + by_pixels] * 2
+
+
+def test_tables_by_pixels_and_by_patches_have_the_same_rows(tmp_path):
+    by_pixels, by_patches = (
+        small(experiment, *PAIR, "--out", str(tmp_path)) for experiment in ("table2", "table3")
+    )
+    (told,) = (json.loads(file.read_text()) for file in tmp_path.glob("pixels-*/*/result.json"))
+    cells = rows(by_pixels)
+    assert cells["SSIM"] == [f"{told['polytope']['mean_ssim']:.2f}"]
+    assert cells["low-pass share"] == [f"{told['polytope']['mean_low_pass_share']:.2f}"]
+    names = [[name for name in rows(each) if "─" not in name] for each in (by_pixels, by_patches)]
+    assert names[0][1:] == names[1][1:]
+
+
 def test_the_ball_stands_beside_the_papers_and_the_polytope(tmp_path):
     cells = rows(small("table4", *PAIR, "--out", str(tmp_path)))
     told = json.loads(next(tmp_path.rglob("result.json")).read_text())
@@ -194,6 +226,12 @@ def test_the_ball_stands_beside_the_papers_and_the_polytope(tmp_path):
     inside = told["interpolation"]["accuracy"]
     assert cells["in the polytope"] == ["100 %", f"{100 * inside:.1f} %"]
     assert cells["radius of the ball"] == [f"{255 * ball['radius']:.0f}"]
+
+
+def test_a_title_names_the_weights_that_were_asked_for():
+    given = ("--weights", "small.safetensors")
+    title = small("table2", "--pairs", "1", *given, settings=["max_steps=1"]).stdout.splitlines()[0]
+    assert "our settings (preset hull) but weights=small.safetensors, max_steps=20, " in title
 
 
 def test_more_pairs_than_columns_are_told_by_their_means_alone():
@@ -229,13 +267,37 @@ def test_pairs_there_are_not_run_again_unless_something_decides_otherwise(tmp_pa
     small("fig9", *pair, *out, settings=["seed=1"])
     assert len(ran) == 3
     small("fig9", *pair, *out, settings=["seed=1"])
+    small("table2", *pair, *out)  # which other settings have left where they were
     assert len(ran) == 3
     shutil.copy(ASSETS / "photos" / "farm_dog.jpg", photos / "koala.jpg")
     small("fig9", *pair, *out, settings=["seed=1"])
     assert len(ran) == 4
-    (tmp_path / "out" / "pixels-3" / "koala-panda" / "result.json").unlink()  # as a kill leaves it
+    for told in (tmp_path / "out").glob("pixels-3-*/koala-panda/result.json"):
+        told.unlink()  # as a kill leaves it
     small("fig9", *pair, *out, settings=["seed=1"])
     assert len(ran) == 5
+
+
+def test_a_folder_that_has_a_result_is_whole_while_another_takes_its_place(tmp_path, monkeypatch):
+    names = ["corner-0.png", "corner-1.png", "result.json", "corners.npz", "figure.png"]
+    for name in names:
+        (tmp_path / name).write_text("earlier")
+    changed = []
+
+    def gone(path: Path, *, missing_ok: bool = False) -> None:
+        changed.append((path.name, "gone"))
+
+    def written(path: Path, content: bytes) -> None:
+        changed.append((path.name, "written"))
+
+    monkeypatch.setattr(Path, "unlink", gone)
+    monkeypatch.setattr(Path, "write_bytes", written)
+    done = Job(id="a", status="succeeded", result={})
+    results.write(tmp_path, done, {"corner-0.png": b"", "corners.npz": b""})
+    assert changed[0] == ("result.json", "gone")
+    assert {(name, "gone") for name in names} <= set(changed)
+    assert changed[-3:-1] == [("corner-0.png", "written"), ("corners.npz", "written")]
+    assert changed[-1] == ("result.json", "written")
 
 
 def test_a_patch_set_built_anew_is_searched_anew(tmp_path, own, monkeypatch):
@@ -292,9 +354,69 @@ def test_all_pairs_of_a_folder_are_drawn_once_and_what_is_no_image_is_left_out(t
         shutil.copy(photo, tmp_path / f"{name}.jpg")
     (tmp_path / "notes.txt").write_text("no image")
     arguments = ("--images", str(tmp_path), "--pairs", "100", "--json")
-    found = json.loads(small("table2", *arguments, settings=["max_steps=1"]).stdout)
+    result = small("table2", *arguments, settings=["max_steps=1"])
+    found = json.loads(result.stdout)
     pairs = {("animal_panda", "animal_koala"), ("animal_panda", "farm_dog")}
     assert set(found) == {f"{a}-{b}" for a, b in pairs} | {f"{b}-{a}" for a, b in pairs}
+    assert "These images make 4 pairs, not 100." in result.stderr
+
+
+@pytest.fixture
+def classified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The images that the network is asked about for the sake of pairs."""
+    label, asked = photographs._label, list[str]()
+
+    def counted(subject: job.Subject, reference: str) -> int:
+        asked.append(reference)
+        return label(subject, reference)
+
+    monkeypatch.setattr(photographs, "_label", counted)
+    return asked
+
+
+def test_images_are_classified_once_and_as_far_as_it_takes(classified):
+    small("table2", "--pairs", "1", settings=["max_steps=1"])
+    assert 2 <= len(classified) < len(PHOTOS)
+    few = classified.copy()
+    classified.clear()
+    small("table2", "--pairs", "22", settings=["max_steps=1"])  # all there are
+    assert classified[: len(few)] == few
+    assert sorted(classified) == PHOTOS
+
+
+def test_many_images_of_one_class_are_each_classified_once(tmp_path, monkeypatch):
+    for i in range(2000):
+        (tmp_path / f"{i}.jpg").touch()
+    asked = []
+    monkeypatch.setattr(photographs, "_label", lambda _, reference: asked.append(reference) or 0)
+    sentence = refused("table2", *MODEL, *told(), "--images", str(tmp_path))
+    assert "No two of these images are of different classes" in sentence
+    assert len(asked) == len(set(asked)) == 2000
+
+
+def test_results_are_no_images_to_draw(tmp_path):
+    for name in ("animal_koala", "animal_panda"):
+        shutil.copy(ASSETS / "photos" / f"{name}.jpg", tmp_path)
+    arguments = ("--images", str(tmp_path), "--pairs", "9")
+    for out in (tmp_path / "in" / "side", tmp_path.parent):
+        for _ in range(2):
+            small("fig3", *arguments, "--out", str(out), settings=["max_steps=1"])
+        drawn = {path.name for path in out.glob("pixels-3-*/*")}
+        assert drawn == {"animal_koala-animal_panda", "animal_panda-animal_koala"}
+        shutil.rmtree(tmp_path / "in", ignore_errors=True)
+    sentence = refused(
+        "fig3", *MODEL, *told(), *arguments, "--out", f"{tmp_path}/../{tmp_path.name}"
+    )
+    assert "--out is the folder of --images; name another one" in sentence
+
+
+@pytest.mark.parametrize("experiment", ["table2", "fig8"])
+def test_a_folder_without_an_image_is_told_from_one_of_one_class(experiment, tmp_path):
+    where = ("--images", str(tmp_path), "--out", str(tmp_path / "out"))
+    for _ in range(2):
+        sentence = refused(experiment, *MODEL, *told(), *where)
+        assert f"There is no image below '{tmp_path}'; give --images" in sentence
+        (tmp_path / "notes.txt").write_text("no image")
 
 
 def test_images_of_one_name_keep_their_own_results(tmp_path):
@@ -316,8 +438,8 @@ def test_interpolations_are_mixtures_with_the_probability_that_the_network_gives
     for (strips, caption), kind in zip(drawn, ("pixels", "patches"), strict=True):
         (strip,) = strips
         assert f"corners by {kind}" in caption[0]
-        folder = tmp_path / f"{kind}-3" / "animal_koala-animal_panda"
-        with np.load(folder / "corners.npz") as arrays:
+        (file,) = tmp_path.glob(f"{kind}-3-*/animal_koala-animal_panda/corners.npz")
+        with np.load(file) as arrays:
             corners = arrays["corners"].astype(np.float64)
         assert len(strip.images) == 6
         for image, (below,) in zip(strip.images, strip.below, strict=True):
@@ -354,8 +476,9 @@ def test_ten_corners_are_drawn_and_the_way_to_each(tmp_path, drawn):
     ((ten,), _), (way, _) = drawn
     assert len(ten.images) == 10
     assert [strip.below[-1][0] for strip in way] == ["corner 0", "corner 1", "corner 2"]
+    (file,) = tmp_path.glob("pixels-3-*/animal_koala-animal_panda/corners.npz")
     for k, strip in enumerate(way):
-        with np.load(tmp_path / "pixels-3/animal_koala-animal_panda/corners.npz") as arrays:
+        with np.load(file) as arrays:
             assert np.array_equal(strip.images[-1], arrays["corners"][k])
         assert strip.above[-1] == "final" and strip.above[0].startswith("step ")
 
@@ -403,10 +526,13 @@ def test_the_papers_settings_are_for_its_layer_alone_and_a_preset_may_be_chosen(
     [
         (("fig1",), "There is no experiment 'fig1'; did you mean"),
         (("table3",), "`polycollide patches build FOLDER --name NAME`, then --set patches.set="),
+        (("table3", "--set", "patches.set=my photos"), "patches.set: String should match"),
         (("table3", "--set", "patches.set=sixt"), "There is no patch set 'sixt'; did you mean"),
         (("fig3", *MODEL), "fig3 is a picture; say where it goes with --out DIR"),
         (("fig9", *MODEL, "--set", "interpolation.samples=0"), "needs interpolation.samples"),
         (("table4", *MODEL, "--set", "ball_samples=0"), "table4 needs ball_samples"),
+        (("fig12", *MODEL, "--set", "snapshots=0"), "fig12 needs snapshots"),
+        (("fig12", *MODEL, *EXACT), "step by step, and solver exact takes no steps"),
         (("table2", "--model", "small"), "`polycollide layers --model small`"),
         (("table2", "--model", "smal", "--layer", "1"), "did you mean 'small'"),
         (("table2", *MODEL, "--set", "betta=1"), "did you mean 'beta'"),

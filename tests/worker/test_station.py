@@ -67,7 +67,9 @@ def opened(model: Model, **settings: Any) -> tuple[Subject, CollisionSpec]:
         }
         | settings
     )
-    return Subject.of(model, spec), spec
+    subject = Subject.of(model, spec)
+    subject.footprint.checkpoints = True  # as a station does
+    return subject, spec
 
 
 def jobs_of(
@@ -142,6 +144,28 @@ def test_jobs_of_patches_count_as_what_they_take(
     assert here.room * taken / spec.rows <= 1.5 * taken < before * taken / spec.rows
     here.withdraw(jobs[0].group)
     assert drain(here, jobs) == 2
+
+
+def test_what_jobs_may_take_is_promised_until_they_hold_it(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, spec = opened(model, max_steps=20)
+    taken = subject.footprint.steps(spec, FEW)
+    monkeypatch.setattr(station, "free", lambda device: 2.5 * taken / station.SHARE)
+    here = Station(subject, spec, lambda: None)
+    jobs, promised = jobs_of(subject, spec, 3, FEW), [here.promised]
+    for job in jobs:
+        here.admit(job, None)
+        promised.append(here.promised)
+    # The third waits until others are gone.
+    assert promised == pytest.approx([0, taken, 2 * taken, 2.5 * taken], abs=1)
+    here.advance()
+    # Six rows and two fillers: parameters, their best state, and two averages.
+    rows = 4 * jobs[0].group.parametrization.start(8).nbytes
+    assert promised[-1] - here.promised == pytest.approx(rows, rel=0.01)
+    while here.rows:
+        here.advance()
+    assert here.promised == 0
 
 
 def test_a_job_of_patches_that_takes_more_than_a_stations_share_runs_alone(

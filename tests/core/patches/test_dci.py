@@ -34,7 +34,7 @@ def saved(index, path):
     return PrioritizedDCI.load(path)
 
 
-def algorithm_2(directions, vectors, query, retrieve, visit, excluded=()):
+def algorithm_2(directions, vectors, query, retrieve, excluded=()):
     """The candidates of the paper's Algorithm 2: one visit after another, by a priority queue."""
     found = set()
     for lines in directions:
@@ -47,9 +47,7 @@ def algorithm_2(directions, vectors, query, retrieve, visit, excluded=()):
         heapq.heapify(queue)
         visits = [0] * len(vectors)
         retrieved = 0
-        for _ in range(visit):
-            if not queue or retrieved == retrieve:
-                break
+        while queue and retrieved < retrieve:
             _, point, j = heapq.heappop(queue)
             following = next(walks[j], None)
             if following:
@@ -78,52 +76,37 @@ def test_candidates_are_those_of_the_papers_priority_queue(vectors, simple, comp
     index = build(vectors, simple, composite)
     queries = np.concatenate([gaussian(2, vectors.shape[1], seed=5), vectors[:2]])
     for retrieve in sorted({1, 3, points // 3 + 1, points}):
-        for visit in (1, simple, 5 * simple + 1, points, simple * points // 2, simple * points):
-            expected = [
-                algorithm_2(index.directions, vectors, query, retrieve, visit) for query in queries
-            ]
-            found = index.candidates(queries, retrieve=retrieve, visit=visit)
-            assert [ids.tolist() for ids in found] == expected
+        found = index.candidates(queries, retrieve=retrieve)
+        assert [ids.tolist() for ids in found] == [
+            algorithm_2(index.directions, vectors, query, retrieve) for query in queries
+        ]
 
 
-@pytest.mark.parametrize("visit", range(1, 61))
-def test_any_number_of_visits_ends_among_ties_as_the_priority_queue_does(visit):
-    vectors = repeated(20)
-    index = build(vectors, simple=3, composite=1)
-    queries = np.concatenate([gaussian(2, 4, seed=5), vectors[:2]])
-    found = index.candidates(queries, retrieve=20, visit=visit)
-    expected = [algorithm_2(index.directions, vectors, query, 20, visit) for query in queries]
-    assert [ids.tolist() for ids in found] == expected
-
-
-@pytest.mark.parametrize("visit", [40, 150, 400])
-def test_excluded_points_are_visited_and_not_retrieved(visit):
+@pytest.mark.parametrize("retrieve", [5, 20, 100])
+def test_excluded_points_are_visited_and_not_retrieved(retrieve):
     vectors = gaussian(100)
     exclude = np.arange(100) % 3 == 0
     index = build(vectors)
     queries = gaussian(3, seed=5)
-    found = index.candidates(queries, retrieve=20, visit=visit, exclude=exclude)
+    found = index.candidates(queries, retrieve=retrieve, exclude=exclude)
     excluded = set(np.flatnonzero(exclude).tolist())
     assert [ids.tolist() for ids in found] == [
-        algorithm_2(index.directions, vectors, query, 20, visit, excluded) for query in queries
+        algorithm_2(index.directions, vectors, query, retrieve, excluded) for query in queries
     ]
 
 
 @pytest.mark.parametrize("follow", [0.1, 1000])
 @pytest.mark.parametrize("vectors", [gaussian(300), repeated(300)])
-@pytest.mark.parametrize("visit", [None, 500])
-def test_how_points_are_read_does_not_change_the_candidates(monkeypatch, vectors, follow, visit):
+def test_how_points_are_read_does_not_change_the_candidates(monkeypatch, vectors, follow):
     queries = gaussian(3, vectors.shape[1], seed=5)
     index = build(vectors)
     exclude = np.arange(300) % 7 == 0
     monkeypatch.setattr("core.patches.dci._FOLLOW", follow)  # windows, or all points in a row
     monkeypatch.setattr("core.patches.dci._WINDOW", 7)
-    monkeypatch.setattr("core.patches.dci._QUERIES", 2)
-    found = index.candidates(queries, retrieve=40, visit=visit, exclude=exclude)
+    found = index.candidates(queries, retrieve=40, exclude=exclude)
     excluded = set(np.flatnonzero(exclude).tolist())
     assert [ids.tolist() for ids in found] == [
-        algorithm_2(index.directions, vectors, query, 40, visit or 9999, excluded)
-        for query in queries
+        algorithm_2(index.directions, vectors, query, 40, excluded) for query in queries
     ]
 
 
@@ -135,7 +118,7 @@ def test_a_first_radius_that_holds_too_few_is_widened(monkeypatch):
     )
     found = index.candidates(queries, retrieve=90)
     assert [ids.tolist() for ids in found] == [
-        algorithm_2(index.directions, vectors, query, 90, 9999) for query in queries
+        algorithm_2(index.directions, vectors, query, 90) for query in queries
     ]
 
 
@@ -168,8 +151,8 @@ def test_no_projected_distance_exceeds_the_true_one():
 def test_points_in_another_order_are_the_same_candidates():
     vectors, queries = gaussian(600), gaussian(8, seed=5)
     moved = np.random.default_rng(2).permutation(600)
-    found = build(vectors).candidates(queries, retrieve=40, visit=900)
-    shuffled = build(vectors[moved]).candidates(queries, retrieve=40, visit=900)
+    found = build(vectors).candidates(queries, retrieve=40)
+    shuffled = build(vectors[moved]).candidates(queries, retrieve=40)
     for ids, again in zip(found, shuffled, strict=True):
         assert len(ids) and np.array_equal(np.sort(moved[again]), ids)
 
@@ -188,12 +171,7 @@ def test_a_seed_gives_one_set_of_directions_and_another_one_another():
 
 def test_no_queries_have_no_candidates():
     vectors = gaussian(30)
-    assert build(vectors).candidates(vectors[:0], retrieve=9) == []
-
-
-def test_too_few_visits_find_nothing():
-    found = build(gaussian(300)).candidates(gaussian(4, seed=5), retrieve=9, visit=1)
-    assert [ids.tolist() for ids in found] == [[]] * 4
+    assert list(build(vectors).candidates(vectors[:0], retrieve=9)) == []
 
 
 def test_a_written_index_is_the_same_one_and_stays_on_disk(tmp_path):
@@ -256,10 +234,9 @@ def test_an_index_of_another_version_or_damaged_is_refused(tmp_path, damage, say
         ({"queries": gaussian(1)[0]}, "12 numbers"),
         ({"queries": np.full((1, 12), np.inf)}, "finite"),
         ({"retrieve": 0}, "at least one"),
-        ({"visit": 0}, "at least one"),
     ],
 )
 def test_a_search_that_cannot_be_made_is_refused(asked, says):
     settings = {"queries": gaussian(2), "retrieve": 20} | asked
     with pytest.raises(InvalidSpec, match=says):
-        build(gaussian(20)).candidates(settings.pop("queries"), **settings)
+        list(build(gaussian(20)).candidates(settings.pop("queries"), **settings))

@@ -1,6 +1,10 @@
 """Patch sets that stay open, and what becomes of them when their folder changes."""
 
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,3 +80,34 @@ def test_few_indices_are_loaded_at_a_time(
     query = np.zeros((1, 16, 16, 3), np.uint8)
     again, _ = library.neighbours("indexed").nearest(query)
     assert again.shape == (1, 1, 3)
+
+
+def test_a_process_that_was_killed_is_started_again(library: Library) -> None:
+    query = np.zeros((1, 16, 16, 3), np.uint8)
+    process = library.neighbours("indexed").index.faiss.process
+    process.kill()
+    process.wait()
+    found, _ = library.neighbours("indexed").nearest(query)
+    assert found.shape == (1, 1, 3)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_folder_that_is_not_ours_to_read_hides_no_set(own: Path) -> None:
+    """As the lost+found of a volume."""
+    (own / "lost+found").mkdir(mode=0o700)
+    shutil.copytree(own / "exact", own / "secret")
+    (own / "secret" / sets.MANIFEST).chmod(0o600)
+    (own / "secret").chmod(0o755)
+    script = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from core.patches.library import Library\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "print([found.name for found in Library(Path(sys.argv[1])).sets()])"
+    )
+    for folder in (own, *own.parents):
+        if folder.is_relative_to(tempfile.gettempdir()) and folder != Path(tempfile.gettempdir()):
+            folder.chmod(0o755)
+    command = [sys.executable, "-c", script, str(own)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['exact', 'indexed']"

@@ -14,6 +14,7 @@ from PIL import Image
 
 from core.errors import UnknownName
 from core.patches import neighbours, sets
+from core.patches.dci import PrioritizedDCI
 from core.patches.neighbours import Faiss, IndexFailed, Neighbours, TooFewPatches, indexer
 from core.patches.sets import Geometry, PatchSet, PatchSetUnusable, build
 
@@ -126,6 +127,22 @@ def test_more_neighbours_than_there_are_patches_are_refused(kind, request):
         with pytest.raises(ValueError, match="uint8"):
             found.nearest(query[:, :8])
         assert found.nearest(query[:0], k=3)[0].shape == (0, 3, 3)
+
+
+def test_a_search_on_random_lines_tells_that_it_goes_on_after_each_query(
+    lined, queries, monkeypatch
+):
+    happened = []
+    search = PrioritizedDCI._search
+
+    def searched(self, *arguments):
+        happened.append("searched")
+        return search(self, *arguments)
+
+    monkeypatch.setattr(PrioritizedDCI, "_search", searched)
+    with Neighbours(lined) as found:
+        found.nearest(queries[:5], on_part=lambda: happened.append("told"))
+    assert happened == ["searched", "told"] * 5
 
 
 def another_kind(patches: PatchSet) -> PatchSet:
