@@ -2,6 +2,8 @@
 
 import gc
 import multiprocessing
+import sys
+import time
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -52,10 +54,18 @@ class Scarce:
 
 def _alive() -> int:
     gc.collect()
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
-    return sum(
-        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
-    )
+    # No other thread may run while all objects are held here: a tuple that it is building must
+    # have no other owner, or Python raises SystemError. Who waits already asks once more.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    try:
+        time.sleep(5 * interval)
+        tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+        return sum(
+            {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+        )
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def submit(engine: Engine, settings: dict[str, Any]) -> None:
