@@ -57,7 +57,7 @@ def _alive() -> int:
     # No other thread may run while all objects are held here: a tuple that it is building must
     # have no other owner, or Python raises SystemError. Who waits already asks once more.
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(60)
+    sys.setswitchinterval(5)
     try:
         time.sleep(5 * interval)
         tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
