@@ -100,14 +100,14 @@ class Footprint:
         values, units = self._image.numel(), self._tap.layer.units
         points = spec.rows - spec.corners
         corners = _filled(spec.corners, values)
-        each = windows.count * windows.source_size**2 if windows else values
+        each = windows.parameters if windows else values
         parameters = corners * each
         mean, square = DECAYS[spec.optimizer]
         moving = (1 + bool(mean) + bool(square)) * parameters
         state = moving + parameters + COEFFICIENTS * corners * units
         group = spec.corners * values + KEPT * spec.rows * units
         if windows:
-            group += 3 * windows.count * windows.source_size**2
+            group += 3 * windows.parameters
         if self._image.device.type == "cpu":
             snapshots = 2 * spec.snapshots * spec.corners * values
             group += snapshots
