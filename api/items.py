@@ -90,10 +90,11 @@ class Items:
             self._custom_ids.add(custom_id)
 
     def _spec(self, given: dict[str, Any]) -> CollisionSpec:
-        text = json.dumps(given, sort_keys=True)
+        text = json.dumps(UNILLUSTRATED | given, sort_keys=True)
         if text not in self._specs:
             try:
-                self._specs[text] = CollisionSpec.model_validate(UNILLUSTRATED | given)
+                # As JSON, which is how strict a single job's is, too.
+                self._specs[text] = CollisionSpec.model_validate_json(text, strict=True)
             except ValidationError as error:
                 self._specs[text] = _Unusable(
                     "invalid_spec", _sentence(error, CollisionSpec, "spec")

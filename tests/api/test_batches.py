@@ -133,6 +133,31 @@ def test_what_cannot_be_accepted_is_told_by_index_and_the_rest_runs(client: http
     assert all(message.endswith((".", "?")) and "\n" not in message for message in messages)
 
 
+LOOSE: list[dict[str, Any]] = [
+    *({"spec": SPEC | {"corners": value}} for value in ("5", True, 2.0)),
+    *({"spec": SPEC | {name: "1"}} for name in ("seed", "figures", "max_seconds", "alpha")),
+    {"spec": SPEC | {"figures": 1}},
+    {"spec": SPEC | {"interpolation": {"samples": 10.0}}},
+    {"spec": SPEC | {"beta": {"relative": "1"}}},
+    {"spec": SPEC | {"model": 1}},
+    *({"priority": value} for value in ("5", True, 2.0)),
+    *({"deadline_seconds": value} for value in ("5", True)),
+    {"labels": "x"},
+    {"source": 1},
+]
+
+
+def test_an_item_is_refused_where_a_single_job_is(client: httpx.Client) -> None:
+    single = [client.post("/v1/jobs", json=JOB | given).status_code for given in LOOSE]
+    assert single == [422] * len(LOOSE)
+    good = [item(spec=SPEC | {"alpha": 100, "seed": 3}), item(deadline_seconds=5)]
+    batch = submit(client, {"items": [*good, *(item(**given) for given in LOOSE)]})
+    assert counted(batch) == {"total": len(LOOSE) + 2, "refused": len(LOOSE), "queued": 2}
+    grid = {"sources": [JOB["source"]], "targets": [JOB["target"]], "settings": [{"corners": "5"}]}
+    answer = client.post("/v1/batches", json={"grid": grid | {"spec": SPEC}})
+    refused(answer, 422, "no_item_accepted")
+
+
 def test_a_batch_without_any_good_item_is_refused_and_leaves_nothing(service: Service) -> None:
     with service.client() as client:
         before = client.get("/v1/batches").json()
