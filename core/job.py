@@ -8,6 +8,7 @@ from functools import cache, cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from core import certify, images, interpolate, models
@@ -20,6 +21,7 @@ from core.objective import Losses, Target
 from core.patches.composite import Patches
 from core.patches.library import Library
 from core.patches.neighbours import Neighbours
+from core.patches.sets import PatchSet
 from core.patches.windows import Windows
 from core.polytope import LayerPolytope, affine_map
 from core.result import Seen
@@ -247,7 +249,8 @@ def prepare(
         )
     patches = None
     if neighbours and windows:
-        patches = _compose(neighbours, windows, spec, source, subject.device, on_part)
+        addresses = nearest_patches(neighbours, windows, spec, source, on_part)
+        patches = compose(neighbours.patches, addresses, windows, subject.device)
     group = Group(
         key=key,
         spec=spec,
@@ -275,21 +278,27 @@ def prepare(
     )
 
 
-def _compose(
+def nearest_patches(
     neighbours: Neighbours,
     windows: Windows,
     spec: CollisionSpec,
     source: images.Loaded,
-    device: torch.device,
-    on_part: Callable[[], object],
-) -> Patches:
-    """Over each window of the source its nearest patch, with surroundings."""
-    patch_set, n = neighbours.patches, neighbours.patches.geometry.size
+    on_part: Callable[[], object] = lambda: None,
+) -> NDArray[np.int64]:
+    """The address [W, 3] of the nearest patch of each window of the source."""
+    n = neighbours.patches.geometry.size
     pixels = images.to_8bit(source.pixels).transpose(1, 2, 0)
     cut = np.stack([pixels[y : y + n, x : x + n] for y, x in windows.positions])
     own = () if spec.patches.source else (source.sha256,)
     found, _ = neighbours.nearest(cut, exclude=own, on_part=on_part)
-    sources = patch_set.read(found[:, 0], spec.patches.surround).transpose(0, 3, 1, 2)
+    return found[:, 0]
+
+
+def compose(
+    patch_set: PatchSet, addresses: NDArray[np.int64], windows: Windows, device: torch.device
+) -> Patches:
+    """Over each window the patch at its address [W, 3], with surroundings."""
+    sources = patch_set.read(addresses, windows.surround).transpose(0, 3, 1, 2)
     return Patches(torch.from_numpy(sources).to(device).float() / 255, windows)
 
 
