@@ -100,7 +100,9 @@ class Alive(_Out):
 
 class Checks(_Out):
     database: Literal["ok", "unavailable"]
-    migrations: Literal["ok", "behind", "unknown"] = Field(alias="schema")
+    migrations: Literal["ok", "behind", "newer", "unknown"] = Field(
+        alias="schema", description="`newer`: of a later version, which this one gets along with."
+    )
     redis: Literal["ok", "unavailable"]
     workers: int | None = Field(description="Null where the database does not say.")
 
@@ -228,25 +230,28 @@ async def readyz(health: Checked, response: Response) -> Readiness:
         health.revision.get(), health.workers.get(), health.redis.get()
     )
     if revision is None:
-        migrated: Literal["ok", "behind", "unknown"] = "unknown"
+        migrated: Literal["ok", "behind", "newer", "unknown"] = "unknown"
     else:
-        migrated = "ok" if revision == await asyncio.to_thread(_head) else "behind"
+        head, known = await asyncio.to_thread(_revisions)
+        migrated = "ok" if revision == head else "behind" if revision in known else "newer"
     checks = Checks(
         database="unavailable" if revision is None else "ok",
         schema=migrated,
         redis="ok" if redis else "unavailable",
         workers=workers,
     )
-    if migrated != "ok":
+    if migrated not in ("ok", "newer"):  # migrations expand first
         response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
         return Readiness(status="unavailable", checks=checks)
     return Readiness(status="ok" if redis else "degraded", checks=checks)
 
 
 @cache
-def _head() -> str | None:
-    """The revision that this code was written for."""
-    return ScriptDirectory(str(files("migrations"))).get_current_head()
+def _revisions() -> tuple[str | None, frozenset[str]]:
+    """The revision that this code was written for, and all that led there; "" is none."""
+    scripts = ScriptDirectory(str(files("migrations")))
+    known = {script.revision for script in scripts.walk_revisions()}
+    return scripts.get_current_head(), frozenset(known | {""})
 
 
 @root.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -6,9 +6,9 @@ a user downloads them.
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from core.spec import CollisionSpec
 
@@ -199,7 +199,7 @@ class Provenance(_Model):
     source_sha256: str = Field(description="Of the file as it was given.")
     target_sha256: str
     patch_set_sha256: str | None = Field(None, description="Of its geometry and its images.")
-    spec: CollisionSpec
+    spec: Annotated[CollisionSpec, BeforeValidator(CollisionSpec.stored)]
     seed: int
     device: str
     precision: str

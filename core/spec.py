@@ -3,10 +3,21 @@
 import hashlib
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
 
 from core.errors import UnknownName
 
+# Of this form of settings: to be raised with every change that who knows the form before cannot
+# read (a field, a value, a wider bound). Workers leave jobs of a newer form to newer workers.
+SCHEMA_VERSION = 1
 MAX_CORNERS = 256
 Unit = Annotated[int, Field(ge=0, lt=2**31)]
 UnitSet = Annotated[list[Unit], Field(min_length=1, max_length=4096)]
@@ -21,6 +32,9 @@ Loss = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 # Clopper-Pearson at 100 000 already resolves 3 in 100 000; more only fills disks.
 Samples = Annotated[int, Field(ge=0, le=100_000)]
+
+
+_STORED = {"stored": True}
 
 
 class Strict(BaseModel):
@@ -135,7 +149,9 @@ class CollisionSpec(Strict):
     so a learning rate given for 0-255 pixels is to be divided by 255^2 for `gd` and `momentum`.
     """
 
-    schema_version: Literal[1] = Field(1, description="Of this form of settings.")
+    schema_version: Annotated[
+        int, Field(ge=1, le=SCHEMA_VERSION), AfterValidator(lambda _: SCHEMA_VERSION)
+    ] = Field(SCHEMA_VERSION, description="Of this form of settings; older ones become this one.")
     preset: str | None = Field(
         None, description="Settings to start from; whatever else is set here wins over them."
     )
@@ -241,8 +257,10 @@ class CollisionSpec(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_preset(cls, data: Any) -> Any:
+    def _from_preset(cls, data: Any, info: ValidationInfo) -> Any:
         if not isinstance(data, dict) or not isinstance(data.get("preset"), str):
+            return data
+        if info.context == _STORED:  # the preset has said what it had to say, at that time
             return data
         if data["preset"] not in PRESETS:
             raise ValueError(str(UnknownName("preset", data["preset"], PRESETS)))
@@ -265,6 +283,15 @@ class CollisionSpec(Strict):
         if self.parametrization == "patches" and self.patches.set is None:
             raise ValueError("Patches come from a patch set; set patches.set to a set's name.")
         return self
+
+    @classmethod
+    def stored(cls, data: Any) -> Self:
+        """Settings as they were written, resolved: no preset of today's is applied to them.
+
+        What their form did not have yet is as if it were not there. Raises pydantic's
+        ValidationError on a newer form.
+        """
+        return data if isinstance(data, cls) else cls.model_validate(data, context=_STORED)
 
     @property
     def rows(self) -> int:

@@ -271,7 +271,7 @@ class Runner:
                 self._collect()
             self._writer.join_all()
         try:
-            spec = CollisionSpec.model_validate(claimed.spec)
+            spec = CollisionSpec.stored(claimed.spec)
             station = self._station(claimed.batch_key, spec)
             shape = station.subject.model.preprocessing
             if spec.patch_set is not None and not self._has(spec.patch_set, claimed):

@@ -228,12 +228,12 @@ def test_without_redis_the_service_is_degraded_and_takes_jobs(
 @pytest.mark.parametrize(
     "change, schema",
     [
-        ("UPDATE alembic_version SET version_num = '0000'", "behind"),
+        ("UPDATE alembic_version SET version_num = '0001'", "behind"),
         ("DELETE FROM alembic_version", "behind"),
         ("DROP TABLE alembic_version", "behind"),
     ],
 )
-def test_with_another_schema_the_service_is_not_ready(
+def test_with_an_older_schema_the_service_is_not_ready(
     new_settings: Callable[..., Settings], change: str, schema: str
 ) -> None:
     with serve(new_settings()) as own, own.client() as client:
@@ -244,6 +244,16 @@ def test_with_another_schema_the_service_is_not_ready(
         assert response.json()["status"] == "unavailable"
         assert response.json()["checks"]["schema"] == schema
         assert response.json()["checks"]["database"] == "ok"
+
+
+def test_with_a_newer_schema_the_service_is_ready(new_settings: Callable[..., Settings]) -> None:
+    """Migrations expand first, so that an API of before goes on until it is replaced."""
+    with serve(new_settings()) as own, own.client() as client:
+        with own.engine.begin() as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        response = client.get("/readyz")
+        assert response.status_code == 200
+        assert (response.json()["status"], response.json()["checks"]["schema"]) == ("ok", "newer")
 
 
 @pytest.mark.parametrize("hangs", [False, True])

@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from core.patches.windows import GEOMETRIES
-from core.spec import PRESETS, Certify, CollisionSpec, Hull, Interpolation, Patches, Relative
+from core.result import Provenance
+from core.spec import (
+    PRESETS,
+    SCHEMA_VERSION,
+    Certify,
+    CollisionSpec,
+    Hull,
+    Interpolation,
+    Patches,
+    Relative,
+)
 
 MINIMAL = {"model": "mnist-mlp", "layer": "fc1"}
 
@@ -212,7 +222,7 @@ BOUNDS: list[tuple[str, list[object], list[object]]] = [
     ("ball_samples", [0, 100_000], [-1, 100_001]),
     ("snapshots", [0, 64], [-1, 65]),
     ("seed", [0, 2**32 - 1], [-1, 2**32]),
-    ("schema_version", [1], [0, 2, None]),
+    ("schema_version", [1, SCHEMA_VERSION], [0, SCHEMA_VERSION + 1, None]),
     ("objective", ["corners", "plain", "hull"], ["polytope", ""]),
     ("hull", [{"points": 1}, {"points": 64}], [{"points": 0}, {"points": 65}, None]),
     ("hull", [{"sampling": "worst"}, {"diversity": 0}], [{"sampling": "x"}, {"diversity": -1}]),
@@ -384,7 +394,7 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "figures": st.booleans(),
     "precision": st.sampled_from(["fp32", "bf16", "tf32"]),
     "seed": st.integers(0, 2**32 - 1),
-    "schema_version": st.just(1),
+    "schema_version": st.just(SCHEMA_VERSION),
 }
 
 
@@ -535,6 +545,27 @@ def test_the_schema_is_made_without_torch_and_knows_every_field(tmp_path: Path) 
     assert schema["properties"]["corners"]["maximum"] == 256
     told = {"schema_version", "interpolation"}
     assert all("description" in schema["properties"][f] for f in set(schema["properties"]) - told)
+
+
+def test_a_preset_is_not_applied_again_to_settings_that_are_stored() -> None:
+    asked = {"preset": "patches", "model": "mnist-mlp", "layer": "fc1", "patches": {"set": "p"}}
+    resolved = CollisionSpec.model_validate(asked)
+    assert resolved.hull.low_pass == 4.0
+    assert CollisionSpec.stored(resolved.model_dump(mode="json")) == resolved
+    earlier = resolved.model_dump(mode="json")
+    del earlier["hull"]["low_pass"]  # of a form that had none, which was run without one
+    assert CollisionSpec.stored(earlier).hull.low_pass == 0.0
+    names = ("weights", "weights_sha256", "source_sha256", "target_sha256", "device", "precision")
+    made = {**dict.fromkeys(names, ""), "versions": {}, "seed": 0, "spec": earlier}
+    assert Provenance.model_validate_json(json.dumps(made)).spec.hull.low_pass == 0.0
+    gone = {**resolved.model_dump(mode="json"), "preset": "a preset that is gone"}
+    assert CollisionSpec.stored(gone).hull == resolved.hull
+
+
+def test_settings_of_a_newer_form_are_not_read_and_older_ones_become_ours() -> None:
+    with pytest.raises(ValidationError):
+        CollisionSpec.stored({**MINIMAL, "schema_version": SCHEMA_VERSION + 1})
+    assert CollisionSpec.stored({**MINIMAL, "schema_version": 1}).schema_version == SCHEMA_VERSION
 
 
 def test_a_batch_key_is_the_same_in_every_process(tmp_path: Path) -> None:
