@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/polycollide reproduce table1
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check

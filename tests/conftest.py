@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import psutil
     import psycopg
 
+# Workers of pytest-xdist share the cores, and so does what they start.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 TEMPLATE = "template_polycollide"
 ROOT = Path(__file__).parent.parent
 

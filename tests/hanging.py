@@ -24,7 +24,11 @@ class Moody(nn.Module):
 
     def _obey(self, images: Tensor) -> None:
         mood = Path(os.environ["MOOD"])
-        while mood.exists() and mood.read_text() == "hang":
-            time.sleep(0.05)
+        if mood.exists() and mood.read_text() == "hang":
+            # Whoever watches this process finds that hours have passed.
+            clock = time.monotonic
+            time.monotonic = lambda: clock() + 36_000
+            while True:
+                time.sleep(60)
         if mood.exists() and mood.read_text() == "hungry" and len(images) > 8:
             raise torch.OutOfMemoryError("more than 8 rows")

@@ -16,6 +16,8 @@ from polycollide import stack
 from polycollide.stack import Process
 
 PYTHON = [sys.executable, "-m"]
+# Seconds that whatever must happen may take on a machine that is doing something else.
+WITHIN = 240.0
 MNIST = {"model": "mnist-mlp", "layer": "fc1", "figures": False}
 # Quick to end, and no measure takes time.
 SMALL = MNIST | {"interpolation": {"samples": 100}, "ball_samples": 100, "worst_starts": 0}
@@ -69,7 +71,7 @@ class Service:
     def start_api(self) -> Process:
         """The API, once it answers."""
         self.api = self.start("API", "api")
-        self.until(self._answers, 30, "the API answers")
+        self.until(self._answers, WITHIN, "the API answers")
         return self.api
 
     def _answers(self) -> bool:
@@ -97,7 +99,7 @@ class Service:
         )
         self._workers.append(process)
         if ready:
-            self.until(lambda: slot in self.slots(), 60, "the worker is there")
+            self.until(lambda: slot in self.slots(), WITHIN, "the worker is there")
         return process
 
     def stop_workers(self) -> None:
@@ -125,7 +127,7 @@ class Service:
         """Small jobs; their ids."""
         return [self.submit(SMALL, i) for i in range(count)]
 
-    def all_succeed(self, ids: list[str], within: float = 60) -> list[dict[str, Any]]:
+    def all_succeed(self, ids: list[str], within: float = WITHIN) -> list[dict[str, Any]]:
         """Jobs, once all of them have succeeded."""
         ended = [self.ended(job_id, within) for job_id in ids]
         assert {job["status"] for job in ended} == {"succeeded"}, self.log()[-5000:]
@@ -138,7 +140,7 @@ class Service:
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 
-    def ended(self, job_id: str, within: float = 60) -> dict[str, Any]:
+    def ended(self, job_id: str, within: float = WITHIN) -> dict[str, Any]:
         """A job in its final status."""
         deadline = time.monotonic() + within
         while True:
@@ -147,10 +149,34 @@ class Service:
                 return job
             assert time.monotonic() < deadline, f"{job}\n{self.log()[-5000:]}"
 
-    def running(self, job_id: str, within: float = 60) -> dict[str, Any]:
+    def running(self, job_id: str, within: float = WITHIN) -> dict[str, Any]:
         """A job that steps."""
         self.until(lambda: self.job(job_id)["status"] == "running", within, "it runs")
         return self.job(job_id)
+
+    def run_out(self, *ids: str) -> None:
+        """Moves the ends of the leases that jobs have into the past, until they are taken away.
+
+        Of a worker that is dead or stands still: one that lives would renew them.
+        """
+        of_jobs = "WHERE id = ANY(CAST(:ids AS uuid[])) AND lease_token IS NOT NULL"
+        with self.database.begin() as connection:
+            leases = connection.scalars(
+                text(f"SELECT lease_token FROM jobs {of_jobs}"), {"ids": list(ids)}
+            ).all()
+
+        def taken_away() -> bool:
+            with self.database.begin() as connection:
+                left = connection.execute(
+                    text("""
+                        UPDATE jobs SET lease_expires_at = '-infinity'
+                        WHERE lease_token = ANY(CAST(:leases AS uuid[]))
+                    """),
+                    {"leases": leases},
+                )
+                return left.rowcount == 0
+
+        self.until(taken_away, WITHIN, "leases that ran out are taken away")
 
     def log(self) -> str:
         """What the processes have said."""

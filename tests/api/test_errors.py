@@ -125,7 +125,7 @@ def test_without_postgres_the_answer_is_503_and_with_it_all_goes_on(
             cancel = client.post(job["urls"]["cancel"])
             assert cancel.json()["status"] == "canceled"
             found = client.get(job["urls"]["self"], params={"wait": 20}).json()
-            assert found["status"] == "canceled" and time.monotonic() - began < 5
+            assert found["status"] == "canceled" and time.monotonic() - began < 15
 
 
 def test_without_redis_jobs_are_accepted_all_the_same(
@@ -134,4 +134,4 @@ def test_without_redis_jobs_are_accepted_all_the_same(
     with serve(new_settings(redis_url="redis://127.0.0.1:1/0")) as fresh, fresh.client() as client:
         began = time.monotonic()
         assert [client.post("/v1/jobs", json=JOB).status_code for _ in range(20)] == [202] * 20
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15, "who waited for Redis would take 40 s"

@@ -48,7 +48,7 @@ def test_a_stream_tells_what_was_what_comes_and_ends_with_the_job(
     began = time.monotonic()
     events = list(watched(client, job))
     thread.join()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 9, "who hears no notice looks after 10 s"
     assert [event["event"] for event in events] == [
         *("status", "status", "progress", "snapshot", "status")
     ]
@@ -97,7 +97,7 @@ def test_unknown_jobs_and_bad_places_are_problems(client: httpx.Client) -> None:
 def test_watchers_who_leave_or_stay_hold_nothing(
     new_settings: Callable[..., Settings],
 ) -> None:
-    settings = new_settings(watch_for=timedelta(seconds=4))
+    settings = new_settings(watch_for=timedelta(minutes=5))
     with serve(settings) as service, service.client() as client:
         job = client.post("/v1/jobs", json=JOB).json()
         for _ in range(40):
@@ -110,9 +110,9 @@ def test_watchers_who_leave_or_stay_hold_nothing(
         for thread in threads:
             thread.start()
         time.sleep(1)
-        began = time.monotonic()
         assert client.get("/v1/jobs", params={"limit": 1}).status_code == 200
-        assert time.monotonic() - began < 1
+        assert all(thread.is_alive() for thread in threads), "they watch on"
+        client.post(job["urls"]["cancel"])
         for thread in threads:
-            thread.join(timeout=15)
+            thread.join(timeout=60)
         assert not any(thread.is_alive() for thread in threads)

@@ -269,7 +269,7 @@ def test_without_a_database_the_service_says_so_in_time(
             for _ in range(3):
                 began = time.monotonic()
                 response = client.get("/readyz")
-                assert time.monotonic() - began < 4  # one second, and a busy machine
+                assert time.monotonic() - began < 4.9, "connecting gives up after 5 s"
                 assert response.status_code == 503
                 assert response.json()["status"] == "unavailable"
                 checks = response.json()["checks"]
@@ -338,22 +338,29 @@ def test_scrapes_do_not_count_finished_jobs_each_time(
 def test_a_slow_question_is_asked_once_and_its_last_answer_kept() -> None:
     asked: list[int] = []
 
-    async def ask() -> int:
-        asked.append(len(asked))
-        await asyncio.sleep(0 if len(asked) == 1 else 0.3)
-        if len(asked) == 3:
-            raise OSError("away")
-        return len(asked)
-
     async def look() -> None:
+        quick = asyncio.Event()
+
+        async def ask() -> int:
+            asked.append(len(asked) + 1)
+            number = asked[-1]
+            if number > 1:
+                await quick.wait()
+            if number == 3:
+                raise OSError("away")
+            return number
+
         stale = Cached(ask, patience=0.05, stale=True)
         assert await stale.get() == 1
         assert await asyncio.gather(*(stale.get() for _ in range(5))) == [1] * 5
-        await asyncio.sleep(0.4)
-        assert asked == [0, 1]
+        assert asked == [1, 2]
+        quick.set()
+        assert await stale.get() == 2
+        quick.clear()
         impatient = Cached(ask, patience=0.05)
-        assert await impatient.get() is None
-        assert await Cached(ask, patience=1, max_age=9).get() == 4
-        await asyncio.sleep(0.4)
+        assert await impatient.get() is None and asked == [1, 2, 3]
+        quick.set()
+        assert await impatient.get() is None, "it failed"
+        assert await Cached(ask, patience=60, max_age=9).get() == 4
 
     asyncio.run(look())

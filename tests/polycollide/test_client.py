@@ -94,7 +94,7 @@ def test_retry_after_is_honoured(service, client):
     service.on(JOB, problem(503, "unavailable", Retry_After="0.5"), reply(job()))
     began = time.monotonic()
     client.job("a")
-    assert 0.5 <= time.monotonic() - began < 5
+    assert 0.5 <= time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("asked", ["3600", "Sat, 22 Nov 2036 12:00:00 GMT"])
@@ -137,7 +137,7 @@ def test_without_a_server_one_sentence_says_so_soon():
         ) as error,
     ):
         client.submit(*PAIR)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert "pc_secret" not in repr(error.value) + repr(client) + repr(vars(client))
 
 

