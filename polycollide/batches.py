@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -22,6 +23,7 @@ from polycollide.jobs import (
     id_of,
     label_list,
 )
+from polycollide.results import naming
 from polycollide.streams import lines
 from polycollide.transport import path
 
@@ -161,14 +163,15 @@ class BatchesClient(JobsClient):
         else as JSON lines. An earlier file stays until all of them are here.
         """
         file = Path(file)
-        part = file.with_name(f"{file.name}.part")
-        with part.open("w", encoding="utf-8", newline="") as lines:
-            if file.suffix == ".csv":
-                lines.write(await self.results_csv(batch))
-            else:
-                async for item in self.iter_results(batch):
-                    lines.write(f"{item.model_dump_json()}\n")
-        return part.replace(file)
+        with naming(file), TemporaryDirectory(dir=file.parent, prefix=".polycollide-") as new:
+            part = Path(new, file.name)
+            with part.open("w", encoding="utf-8", newline="") as lines:
+                if file.suffix == ".csv":
+                    lines.write(await self.results_csv(batch))
+                else:
+                    async for item in self.iter_results(batch):
+                        lines.write(f"{item.model_dump_json()}\n")
+            return part.replace(file)
 
 
 def read_body(

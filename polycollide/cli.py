@@ -11,6 +11,7 @@ from polycollide import commands
 from polycollide.options import (
     ApiKey,
     Corners,
+    Force,
     Image,
     Json,
     Layer,
@@ -70,6 +71,7 @@ def run(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where corners, samples and pictures go.")
     ] = None,
+    force: Force = False,
     json: Json = False,
     device: Device = None,
 ) -> None:
@@ -80,7 +82,7 @@ def run(
     job = asked.read(source, target, named, settings or [])
     from polycollide import local
 
-    local.run(job, out=out, json=json, device=device)
+    local.run(job, out=out, force=force, json=json, device=device)
 
 
 @app.command()

@@ -8,6 +8,7 @@ import typer
 from polycollide.options import (
     ApiKey,
     Corners,
+    Force,
     Image,
     Json,
     Labels,
@@ -140,6 +141,7 @@ def fetch(
             "results, results.jsonl or, as a table, results.csv.",
         ),
     ],
+    force: Force = False,
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
@@ -147,7 +149,7 @@ def fetch(
     from polycollide import remote
 
     with remote.connected(url, api_key) as client:
-        remote.fetch(client, id, out)
+        remote.fetch(client, id, out, force=force)
 
 
 @service.command()

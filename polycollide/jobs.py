@@ -249,16 +249,25 @@ class JobsClient:
             job.check()
         return (await self._transport.ask("GET", path("jobs", id_of(job), *name))).content
 
-    async def download(self, job: JobLike, folder: str | Path) -> list[Path]:
-        """Writes all that a job found into a folder, as `polycollide run --out` does."""
+    async def download(
+        self, job: JobLike, folder: str | Path, *, force: bool = False
+    ) -> list[Path]:
+        """Writes all that a job found into a folder, as `polycollide run --out` does.
+
+        An earlier result there is replaced. Files of your own that have a result's names stay, and
+        the download is refused, unless you `force` it.
+        """
         done = (await self.job(job)).check()
         if not done.done:
             raise PolycollideError(f"Job {done.id} is {done.status}; wait for it first.")
+        folder = Path(folder)
+        results.prepare(folder, force=force)
         names = results.files(done)
         contents = await each(
             lambda name: self._artifact(done, *names[name]), names, at_a_time=TRANSFERS
         )
-        return results.write(Path(folder), done, dict(zip(names, contents, strict=True)))
+        found = results.of_job(done, dict(zip(names, contents, strict=True)))
+        return results.write(folder, found, force=force)
 
     async def models(self) -> list[Model]:
         """The networks that the service knows."""

@@ -38,6 +38,12 @@ def show_json(text: str) -> None:
         raise typer.Exit(1) from None
 
 
+def unusable(error: OSError) -> str:
+    """What is wrong with a file, or with standard output, in a sentence."""
+    what = error.filename or "A file, or standard output,"
+    return f"{what} cannot be used: {error.strerror or error}."
+
+
 def fail(message: str) -> NoReturn:
     """Ends the command with a sentence."""
     aside.print(Text.assemble(("Error:", "red"), " ", message), soft_wrap=True)

@@ -1,7 +1,6 @@
 """Jobs on this machine without a server: the commands that open `core` themselves."""
 
 import signal
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,21 +26,21 @@ from core.spec import CollisionSpec
 from core.taps import matmul_precision, open_tap
 from polycollide import results
 from polycollide.asked import Asked
-from polycollide.listing import aside, console, cut, fail, listing, show_json
+from polycollide.errors import PolycollideError
+from polycollide.listing import aside, console, cut, fail, listing, show_json, unusable
 
 OUT_OF_MEMORY = "The device's memory does not hold this job; ask for fewer corners."
 
 
-def run(asked: Asked, *, out: Path | None, json: bool, device: str | None) -> None:
-    """One job; prints its result and writes it to out.
+def run(asked: Asked, *, out: Path | None, force: bool, json: bool, device: str | None) -> None:
+    """One job; prints its result and writes it to out (`results.write` says what `force` does).
 
     Ctrl-C ends the optimisation; what it has found is measured, printed and written all the same.
     """
     spec = asked.spec
     with in_one_sentence(), first_interrupt_asks() as interrupted:
         if out:  # before the work, not after it
-            out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=out).close()
+            results.prepare(out, force=force)
         subject = job.Subject.open(spec, pick_device(device))
         prepare = subject.model.preprocessing
         source_image = images.load(*asked.source, prepare)
@@ -55,7 +54,7 @@ def run(asked: Asked, *, out: Path | None, json: bool, device: str | None) -> No
         else:
             show(outcome.result)
         if out:
-            files = write(out, done, outcome)
+            files = write(out, done, outcome, force=force)
             if not json:
                 console.print(f"{out}: {', '.join(files)}", highlight=False, soft_wrap=True)
         if interrupted():
@@ -114,19 +113,16 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if cuda else "cpu"))
 
 
-def write(out: Path, done: job.Job, outcome: Outcome) -> list[str]:
+def write(out: Path, done: job.Job, outcome: Outcome, *, force: bool = False) -> list[str]:
     """Writes everything a result has into the folder `out`, and returns the names of the files.
 
-    Files of an earlier result go first; no other file is touched.
+    It takes the place of an earlier result, as `results.write` says.
     """
     files = artifacts.encode(done, outcome)
     if done.spec.figures:
         files |= artifacts.pictures(done, outcome)()
-    # Last: a folder that has it is whole.
-    files["result.json"] = outcome.result.model_dump_json(indent=2).encode()
-    results.clear(out)
-    for name, content in files.items():
-        (out / name).write_bytes(content)
+    files[results.RESULT] = outcome.result.model_dump_json(indent=2).encode()
+    results.write(out, files, force=force)
     return list(files)
 
 
@@ -264,14 +260,14 @@ def in_one_sentence() -> Iterator[None]:
     """Errors that a user can act on end the command with a sentence, not a traceback."""
     try:
         yield
-    except CoreError as error:
+    except (CoreError, PolycollideError) as error:
         message = str(error)
     except (RuntimeError, MemoryError) as error:
         if not job.is_out_of_memory(error):
             raise
         message = OUT_OF_MEMORY
     except OSError as error:
-        message = f"{error.filename or 'A file'} cannot be used: {error.strerror or error}."
+        message = unusable(error)
     else:
         return
     fail(message)

@@ -30,6 +30,12 @@ Settings = Annotated[
         help="Any other setting, such as alpha=10, interpolation.samples=500 or units=[5,17].",
     ),
 ]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Replace files of your own in DIR that have the names of a result's."
+    ),
+]
 Labels = Annotated[
     list[str] | None, typer.Option("--label", metavar="LABEL", help="A label to find it by.")
 ]

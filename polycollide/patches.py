@@ -13,7 +13,7 @@ from rich.table import Table
 from core.errors import CoreError
 from core.patches import neighbours, sets
 from core.patches.sets import Geometry, PatchSet, Report, Skipped
-from polycollide.listing import aside, console, fail, listing, show_json
+from polycollide.listing import aside, console, fail, listing, show_json, unusable
 
 FEW = 8  # so many skipped files are named when a set has been built
 
@@ -107,7 +107,7 @@ def in_one_sentence(stopped: str = "Stopped.") -> Iterator[None]:
     except CoreError as error:
         message = str(error)
     except OSError as error:
-        message = f"{error.filename or 'A file'} cannot be used: {error.strerror or error}."
+        message = unusable(error)
     else:
         return
     fail(message)

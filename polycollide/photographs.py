@@ -28,7 +28,7 @@ from core.patches import sets
 from core.regions import SIGMA, find_regions
 from core.result import Result
 from core.spec import CollisionSpec
-from polycollide import local
+from polycollide import local, results
 from polycollide.listing import aside, console, listing, show_json
 from polycollide.rows import (
     BALL,
@@ -312,7 +312,7 @@ def _collide(
         if same and is_of.spec == spec:
             return Found(pair, source, target, kept, folder)
     if folder:  # before the work, not after it
-        folder.mkdir(parents=True, exist_ok=True)
+        results.prepare(folder)
     with local.progress_bar(spec) as on_progress:
         done, outcome = run_alone(subject, spec, source, target, on_progress)
     if folder:

@@ -21,7 +21,7 @@ from polycollide.answers import Batch, Failure, Job
 from polycollide.batches import parse_jsonl
 from polycollide.client import Client
 from polycollide.errors import ApiError, InvalidInput, PolycollideError
-from polycollide.listing import aside, console, cut, fail, listing, show_json
+from polycollide.listing import aside, console, cut, fail, listing, show_json, unusable
 
 SHOWN_REFUSED, SHOWN_FAILED, SHOWN_REMARKS = 10, 20, 20
 READ = 200  # results that are read for the sake of what they warn of
@@ -37,7 +37,7 @@ def connected(url: str | None, api_key: str | None) -> Iterator[Client]:
     except PolycollideError as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{error.filename or 'A file'} cannot be used: {error.strerror or error}.")
+        fail(unusable(error))
 
 
 def read_spec(named: dict[str, Any], given: Iterable[str]) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def cancel(client: Client, ids: list[str], *, batch: str | None) -> None:
     _fail_if(failed)
 
 
-def fetch(client: Client, id: str, out: Path) -> None:
+def fetch(client: Client, id: str, out: Path, *, force: bool = False) -> None:
     """Writes all that a job found into a folder, or a batch's results into a file."""
     if out.suffix in (".csv", ".jsonl"):
         client.download_results(id, out)
@@ -208,7 +208,7 @@ def fetch(client: Client, id: str, out: Path) -> None:
         _say_ends_of_batch(client, id)
         return
     with _ids_of_jobs(client, [id], "fetch {} --out results.jsonl"):
-        files = client.download(id, out)
+        files = client.download(id, out, force=force)
     names = ", ".join(file.name for file in files)
     console.print(f"{out}: {names}", highlight=False, soft_wrap=True)
     _say_remarks([(id, jsonlib.loads((out / "result.json").read_bytes()))])
@@ -226,6 +226,8 @@ def batch(
 ) -> None:
     """Submits many jobs and prints the id of their batch; waits and writes results where asked."""
     if out:  # before the work, not after it
+        if out.exists() and file != "-" and out.samefile(file):
+            raise InvalidInput(f"--out is {file} itself; name another file for the results.")
         out.open("a").close()
     items: Any = Path(file)
     if file == "-":

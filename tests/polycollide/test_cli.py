@@ -1,5 +1,6 @@
 """The command as a user runs it: in this process where only words matter, else in its own."""
 
+import errno
 import json
 import os
 import pty
@@ -15,12 +16,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from polycollide import results
 from polycollide.cli import app
 from polycollide.options import PRESETS
 
 PAIR = ("--source", "sample:mnist/3-0", "--target", "sample:mnist/7-0")
 PAPER = ("run", *PAIR, "--preset", "paper-mnist")
-FILES = {"result.json", "figure.png", "curves.png", "snapshots.png"}
+FILES = {"result.json", "figure.png", "curves.png", "snapshots.png", results.LIST}
 FILES |= {"corners.npz", "samples.npz", "snapshots.npz", "hull.png", "worst.png"}
 
 
@@ -50,7 +52,7 @@ def test_run_prints_every_corner_and_the_measures_aligned(demo):
     assert result.exit_code == 0, result.stderr
     *lines, files = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
-    assert set(files.partition(": ")[2].split(", ")) >= FILES
+    assert set(files.partition(": ")[2].split(", ")) >= FILES - {results.LIST}
     header = next(i for i, line in enumerate(lines) if "L_pos" in line)
     assert [line.split()[0] for line in lines[header + 2 : header + 7]] == list("01234")
     assert "100.0 % (99.8 to 100.0) seen as 7" in result.stdout
@@ -165,6 +167,57 @@ def test_a_folder_used_again_holds_the_new_result_only(tmp_path):
     assert left == FILES - {"samples.npz", "snapshots.npz", "snapshots.png", "hull.png"} | {
         *("corner-0.png", "corner-1.png", "corner-house.png")
     }
+
+
+QUICK = (
+    "--corners",
+    "1",
+    "--set",
+    "max_steps=2",
+    "--set",
+    "ball_samples=0",
+    "--set",
+    "worst_starts=0",
+)
+
+
+@pytest.mark.parametrize("own", ["figure.png", "corner-7.png", "result.json", "worst.png"])
+def test_a_users_own_file_stays_whatever_its_name(tmp_path, own):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / own).write_text("the user's own")
+    sentence = refused(*PAPER, *QUICK, "--out", str(out))
+    assert f"{out} has {own} that no earlier result left there so" in sentence
+    assert [(file.name, file.read_text()) for file in out.iterdir()] == [(own, "the user's own")]
+    assert call(*PAPER, *QUICK, "--out", str(out), "--force").exit_code == 0
+    assert json.loads((out / "result.json").read_text())["corners"]
+
+
+def test_a_file_of_a_result_that_a_user_has_changed_is_the_users(tmp_path):
+    assert call(*PAPER, *QUICK, "--out", str(tmp_path)).exit_code == 0
+    (tmp_path / "figure.png").write_text("drawn on")
+    assert "figure.png" in refused(*PAPER, *QUICK, "--out", str(tmp_path))
+    assert (tmp_path / "figure.png").read_text() == "drawn on"
+    (tmp_path / "figure.png").unlink()
+    assert call(*PAPER, *QUICK, "--out", str(tmp_path)).exit_code == 0
+
+
+def test_a_full_disk_leaves_the_earlier_result_and_names_a_file(tmp_path, monkeypatch):
+    results.write(tmp_path, {"corner-0.png": b"earlier", "result.json": b"{}"})
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    whole = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if path.name == "corners.npz":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    sentence = call(*PAPER, *QUICK, "--out", str(tmp_path)).stderr
+    assert (
+        sentence == f"Error: {tmp_path / 'corners.npz'} cannot be used: No space left on device.\n"
+    )
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_numbers_that_are_names_and_numbers_without_end_are_understood():

@@ -10,7 +10,9 @@ from polycollide import (
     PolycollideError,
     WaitTimeout,
     images,
+    results,
 )
+from polycollide.errors import InvalidInput
 
 from .conftest import (
     END,
@@ -154,18 +156,32 @@ def test_a_download_replaces_an_earlier_result_and_nothing_else(service, client,
     names |= {name: name for name in ("corners.npz", "figure.png")}
     for name, path in names.items():
         service.on(f"{JOB}/{path}", reply(name.encode()))
-    for name in ("corner-7.png", "samples.npz", "my.png"):
-        (tmp_path / name).write_bytes(b"")
+    earlier = dict.fromkeys(("corner-7.png", "samples.npz", "result.json"), b"")
+    results.write(tmp_path, earlier)
+    (tmp_path / "my.png").write_bytes(b"")
     written = client.download("a", tmp_path)
     assert {file.name for file in written} == {"result.json", *names}
-    assert {file.name for file in tmp_path.iterdir()} == {"result.json", "my.png", *names}
+    left = {"result.json", "my.png", results.LIST, *names}
+    assert {file.name for file in tmp_path.iterdir()} == left
     assert all((tmp_path / name).read_bytes() == name.encode() for name in names)
+
+
+def test_a_download_leaves_the_users_own_files_unless_forced(service, client, tmp_path):
+    service.on(JOB, reply(job(status="succeeded", result={}, urls={"corners": ["0"]})))
+    service.on(f"{JOB}/corners/0.png", reply(b"png"))
+    (tmp_path / "corner-0.png").write_bytes(b"own")
+    with pytest.raises(InvalidInput, match="has corner-0.png that no earlier result left"):
+        client.download("a", tmp_path)
+    assert not service.to(f"{JOB}/corners/0.png")
+    assert (tmp_path / "corner-0.png").read_bytes() == b"own"
+    client.download("a", tmp_path, force=True)
+    assert (tmp_path / "corner-0.png").read_bytes() == b"png"
 
 
 def test_a_download_that_breaks_leaves_the_earlier_result(service, client, tmp_path):
     urls = {"corners": ["0"]}
     service.on(JOB, reply(job(status="succeeded", result={}, urls=urls)))
-    (tmp_path / "result.json").write_text("{}")
+    results.write(tmp_path, {"result.json": b"{}"})
     with pytest.raises(ApiError):
         client.download("a", tmp_path)
     assert (tmp_path / "result.json").exists()
@@ -279,6 +295,6 @@ def test_results_of_a_batch_come_once_each_when_the_connection_breaks(service, c
         stream(*lines[:2], lines[2][:9], cut=True),
         stream(*lines[:3], lines[3].strip()),
     )
-    results = list(client.iter_results("b"))
-    assert [result.index for result in results] == [0, 1, 2, 3]
-    assert results[0].result == {"n": "\u2028"}
+    found = list(client.iter_results("b"))
+    assert [result.index for result in found] == [0, 1, 2, 3]
+    assert found[0].result == {"n": "\u2028"}

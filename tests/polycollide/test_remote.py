@@ -283,7 +283,11 @@ def test_batch_sends_lines_and_writes_every_result(service, call, tmp_path):
     written = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["later"] for line in written] == [0, 1, 2]
     assert len(service.to("POST /v1/images")) == 1
-    assert not list(tmp_path.glob("*.part"))
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"3.png", "jobs.jsonl", "results.jsonl"}
+    sentence = call("batch", str(out), "--out", str(out)).stderr
+    assert "--out is" in sentence and "name another file" in sentence
+    assert len(out.read_text().splitlines()) == 3
 
 
 def test_batch_says_why_jobs_failed_and_what_results_warn_of(service, call):

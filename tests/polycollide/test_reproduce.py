@@ -24,7 +24,6 @@ from core.patches import neighbours, sets
 from core.patches.sets import Geometry
 from core.spec import CollisionSpec
 from polycollide import photographs, results
-from polycollide.answers import Job
 from polycollide.cli import app
 from polycollide.photographs import EXPERIMENTS
 
@@ -279,25 +278,26 @@ def test_pairs_there_are_not_run_again_unless_something_decides_otherwise(tmp_pa
 
 
 def test_a_folder_that_has_a_result_is_whole_while_another_takes_its_place(tmp_path, monkeypatch):
-    names = ["corner-0.png", "corner-1.png", "result.json", "corners.npz", "figure.png"]
-    for name in names:
-        (tmp_path / name).write_text("earlier")
-    changed = []
+    earlier = ("corner-0.png", "corner-1.png", "corners.npz", "figure.png", "result.json")
+    results.write(tmp_path, dict.fromkeys(earlier, b"earlier"))
+    unlink, replace, changed = Path.unlink, Path.replace, []
 
-    def gone(path: Path, *, missing_ok: bool = False) -> None:
+    def gone(path: Path, missing_ok: bool = False) -> None:
         changed.append((path.name, "gone"))
+        unlink(path, missing_ok)
 
-    def written(path: Path, content: bytes) -> None:
-        changed.append((path.name, "written"))
+    def placed(path: Path, target: Path) -> Path:
+        changed.append((target.name, "there"))
+        return replace(path, target)
 
     monkeypatch.setattr(Path, "unlink", gone)
-    monkeypatch.setattr(Path, "write_bytes", written)
-    done = Job(id="a", status="succeeded", result={})
-    results.write(tmp_path, done, {"corner-0.png": b"", "corners.npz": b""})
+    monkeypatch.setattr(Path, "replace", placed)
+    results.write(tmp_path, dict.fromkeys(("corner-0.png", "corners.npz", "result.json"), b"new"))
     assert changed[0] == ("result.json", "gone")
-    assert {(name, "gone") for name in names} <= set(changed)
-    assert changed[-3:-1] == [("corner-0.png", "written"), ("corners.npz", "written")]
-    assert changed[-1] == ("result.json", "written")
+    assert sorted(changed[1:5]) == [(name, "gone") for name in earlier[:4]]
+    assert changed[5] == (results.LIST, "there")
+    assert changed[-1] == ("result.json", "there")
+    assert {file.read_bytes() for file in tmp_path.glob("[!.]*")} == {b"new"}
 
 
 def test_a_patch_set_built_anew_is_searched_anew(tmp_path, own, monkeypatch):
