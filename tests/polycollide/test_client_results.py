@@ -170,7 +170,7 @@ def test_a_download_leaves_the_users_own_files_unless_forced(service, client, tm
     service.on(JOB, reply(job(status="succeeded", result={}, urls={"corners": ["0"]})))
     service.on(f"{JOB}/corners/0.png", reply(b"png"))
     (tmp_path / "corner-0.png").write_bytes(b"own")
-    with pytest.raises(InvalidInput, match="has corner-0.png that no earlier result left"):
+    with pytest.raises(InvalidInput, match=r"has corner-0\.png that no earlier result left"):
         client.download("a", tmp_path)
     assert not service.to(f"{JOB}/corners/0.png")
     assert (tmp_path / "corner-0.png").read_bytes() == b"own"
