@@ -1,8 +1,12 @@
 """`python -m api`: the service's HTTP side, on the host and port of the settings."""
 
+import resource
+import sys
+from contextlib import suppress
+
 import uvicorn
 
-from api.app import create
+from api import serving
 from store import logs
 from store.settings import settings
 
@@ -10,16 +14,13 @@ from store.settings import settings
 def main() -> None:
     """Serves until it is told to stop."""
     logs.configure(settings().mode)
-    uvicorn.run(
-        create(settings()),
-        host=settings().host,
-        port=settings().port,
-        log_config=None,
-        access_log=False,  # our own line has ids
-        server_header=False,
-        # Those who wait or watch ask again elsewhere.
-        timeout_graceful_shutdown=5,
-    )
+    # A connection is a file, and a shell's limit is often 1024.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    server = uvicorn.Server(serving.config(settings()))
+    with suppress(KeyboardInterrupt):
+        server.run()
+    sys.exit(0 if server.started else 3)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,14 @@ from api import batches, errors, events, files, images, jobs, openapi, ops
 from api.deps import Services
 from api.doorbell import Doorbell
 from api.hub import Hub
-from api.middleware import BodyLimit, Envelope
+from api.middleware import Envelope
+from api.turns import TooManyRequests, Turns
 from store.database import connect_async
 from store.settings import Settings
 from store.settings import settings as own_settings
 
+# Requests of a key that wait for their turn, before more of them are refused.
+_LINE = 500
 _DESCRIPTION = (
     "Finds approximate feature collisions in image classifiers: images that start from a source "
     "and share a target's activations, and the polytope they span."
@@ -37,7 +40,12 @@ def create(settings: Settings | None = None) -> FastAPI:
             reading=reading,
             hub=hub,
             doorbell=doorbell,
-            decoding=asyncio.Semaphore(2),
+            # Of the reading pool's 20 some are left to those who ask who may ask, and who listen.
+            database=Turns(16, each=8, waiting=_LINE, patience=20),
+            bodies=Turns(64, each=16, waiting=_LINE, patience=60),
+            large=Turns(4, each=2, waiting=_LINE, patience=60),
+            decoding=Turns(2, each=1, waiting=_LINE),
+            waits=Turns(settings.max_connections, each=settings.max_waits, waiting=0),
         )
         listening = asyncio.create_task(hub.run())
         try:
@@ -59,8 +67,14 @@ def create(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    everywhere = errors.responses(errors.Unauthorized, errors.ForeignPage, errors.Invalid)
-    v1 = APIRouter(prefix="/v1", responses=everywhere | errors.responses(errors.Unavailable))
+    everywhere = errors.responses(
+        errors.Unauthorized,
+        errors.ForeignPage,
+        errors.Invalid,
+        TooManyRequests,
+        errors.Unavailable,
+    )
+    v1 = APIRouter(prefix="/v1", responses=everywhere)
     for router in (
         jobs.router,
         events.router,
@@ -72,7 +86,6 @@ def create(settings: Settings | None = None) -> FastAPI:
         v1.include_router(router)
     app.include_router(v1)
     app.include_router(ops.root)
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     app.add_middleware(Envelope)
     errors.install(app)
     openapi.install(app)

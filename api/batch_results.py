@@ -4,12 +4,13 @@ import asyncio
 import csv
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 from uuid import UUID
 
 from pydantic_core import from_json
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from api.order import in_order
 from core.result import Result
@@ -18,13 +19,14 @@ from store import batches
 # What a page is to weigh: a result of 5 corners has 7 KB, one of 256 corners 1.5 MB.
 _PAGE_BYTES = 2**20
 _MAX_PAGE = 256
+Connect = Callable[[], AbstractAsyncContextManager[AsyncConnection]]
 
 
-async def jsonl(reading: AsyncEngine, batch_id: UUID) -> AsyncIterator[str]:
+async def jsonl(connect: Connect, batch_id: UUID) -> AsyncIterator[str]:
     """A JSON object a line; no connection is held while the client reads."""
     after, limit = -1, 1
     while True:
-        async with reading.connect() as connection:
+        async with connect() as connection:
             found = await batches.results(connection, batch_id, after=after, limit=limit)
         if not found:
             return
@@ -41,12 +43,12 @@ def _lines(found: list[str]) -> str:
     return "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
 
 
-async def table(reading: AsyncEngine, batch_id: UUID) -> AsyncIterator[str]:
+async def table(connect: Connect, batch_id: UUID) -> AsyncIterator[str]:
     """CSV with a header; text that a spreadsheet would take for a formula is made harmless."""
     after, columns = -1, list(batches.TABLE_COLUMNS)
     yield _csv([columns])
     while True:
-        async with reading.connect() as connection:
+        async with connect() as connection:
             found = await batches.table(connection, batch_id, after=after, limit=_MAX_PAGE)
         if not found:
             return

@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any
 from uuid import UUID, uuid4
 
@@ -11,11 +13,11 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from api import batch_results
+from api import batch_results, bodies
 from api.batch_schemas import EXAMPLES, Batch, Batches, BatchRequest, GridBatch, ItemsBatch
-from api.deps import KeyId, Parts, Reading, Services, Writing
+from api.bodies import Sent
+from api.deps import Decoder, KeyId, Parts, Reading, Services, Writing
 from api.errors import (
-    BodyTooLarge,
     FieldError,
     IdempotencyKeyReused,
     Invalid,
@@ -54,9 +56,9 @@ def _described(description: str, media_type: str) -> dict[int | str, dict[str, A
     return {200: {"description": description, "content": content}}
 
 
-async def _read(request: Request, _: KeyId, parts: Parts) -> Intake:
+async def _read(request: Sent, decoding: Decoder, parts: Parts) -> Intake:
     """The items in the body, checked; only a key's owner gets so far as to send them."""
-    intake = Intake(parts.settings, parts.decoding)
+    intake = Intake(parts.settings, decoding)
     media_type = media_type_of(request)
     if media_type in LINES:
         await intake.add_lines(request.stream())
@@ -86,7 +88,7 @@ def _parse(content: bytes) -> ItemsBatch | GridBatch:
     status_code=202,
     response_model=Batch,
     responses=responses(
-        BodyTooLarge,
+        *bodies.RAISES,
         IdempotencyKeyReused,
         NoItemAccepted,
         TooManyItems,
@@ -158,22 +160,27 @@ async def get(
     """Reads a batch, at once or when no job of it is left to run."""
     if wait:
         await _check(parts, key_id, batch_id)
-        await _wait(parts, batch_id, wait)
-    async with parts.reading.connect() as connection:
+        async with parts.waits.of(key_id):
+            await _wait(parts, key_id, batch_id, wait)
+        await parts.check(key_id)
+    async with parts.read(key_id) as connection:
         return await _shown(connection, key_id, batch_id)
 
 
-async def _wait(parts: Services, batch_id: UUID, seconds: float) -> None:
+async def _wait(parts: Services, key_id: UUID, batch_id: UUID, seconds: float) -> None:
     """Until no job is left to run, looking when any job changes, but not too often."""
     loop = asyncio.get_running_loop()
     looked = float("-inf")
+
+    async def look() -> bool:
+        async with parts.read(key_id) as connection:
+            return not await batches.in_progress(connection, batch_id)
 
     async def completed() -> bool:
         nonlocal looked
         await asyncio.sleep(looked + _PAUSE - loop.time())
         looked = loop.time()
-        async with parts.reading.connect() as connection:
-            return not await batches.in_progress(connection, batch_id)
+        return await parts.hub.ask(None, batch_id, look)
 
     await parts.hub.until(completed, job_id=None, seconds=seconds)
 
@@ -199,7 +206,7 @@ async def results_jsonl(batch_id: BatchId, key_id: KeyId, parts: Parts) -> Strea
     It has index, custom_id, job_id, status, error and result.
     """
     await _check(parts, key_id, batch_id)
-    lines = batch_results.jsonl(parts.reading, batch_id)
+    lines = batch_results.jsonl(partial(_page, parts, key_id), batch_id)
     return _download(lines, f"batch-{batch_id}.jsonl", "application/jsonl")
 
 
@@ -215,8 +222,16 @@ async def results_csv(batch_id: BatchId, key_id: KeyId, parts: Parts) -> Streami
     apostrophe before it.
     """
     await _check(parts, key_id, batch_id)
-    rows = batch_results.table(parts.reading, batch_id)
+    rows = batch_results.table(partial(_page, parts, key_id), batch_id)
     return _download(rows, f"batch-{batch_id}.csv", "text/csv; charset=utf-8; header=present")
+
+
+@asynccontextmanager
+async def _page(parts: Services, key_id: UUID) -> AsyncIterator[AsyncConnection]:
+    """A connection for a part of an answer; raises Unauthorized where the key was revoked."""
+    await parts.check(key_id)
+    async with parts.read(key_id) as connection:
+        yield connection
 
 
 def _download(content: AsyncIterator[str], name: str, media_type: str) -> StreamingResponse:
@@ -230,7 +245,7 @@ def _download(content: AsyncIterator[str], name: str, media_type: str) -> Stream
 
 async def _check(parts: Services, key_id: UUID, batch_id: UUID) -> None:
     """Raises UnknownBatch."""
-    async with parts.reading.connect() as connection:
+    async with parts.read(key_id) as connection:
         if not await batches.exists(connection, key_id=key_id, batch_id=batch_id):
             raise UnknownBatch
 

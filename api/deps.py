@@ -1,7 +1,7 @@
 """What routes ask for: the key, connections, settings, and the process's own long-lived parts."""
 
-import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated
 from uuid import UUID
@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from api.doorbell import Doorbell
 from api.errors import ForeignPage, Unauthorized
 from api.hub import Hub
+from api.turns import Turn, Turns
 from store import keys
 from store.settings import Settings
 
@@ -26,8 +27,25 @@ class Services:
     reading: AsyncEngine  # each statement by itself
     hub: Hub
     doorbell: Doorbell
-    decoding: asyncio.Semaphore  # images at once: each may take 600 MB
+    # Of which each key has a share:
+    database: Turns  # connections
+    bodies: Turns  # requests with a body
+    large: Turns  # those whose body is large, once it is here: each may take 300 MB
+    decoding: Turns  # images at once: each may take 600 MB
+    waits: Turns  # streams and held-back answers
     local_key: UUID | None = None  # once it is known to exist
+
+    @asynccontextmanager
+    async def read(self, key_id: UUID) -> AsyncIterator[AsyncConnection]:
+        """A connection on which each statement is a transaction, when it is the key's turn."""
+        async with self.database.of(key_id), self.reading.connect() as connection:
+            yield connection
+
+    async def check(self, key_id: UUID) -> None:
+        """Raises Unauthorized where the key was revoked while something took its time."""
+        async with self.read(key_id) as connection:
+            if not await keys.is_open(connection, key_id):
+                raise Unauthorized
 
 
 def services(request: Request) -> Services:
@@ -62,18 +80,28 @@ async def _key(
     return key_id
 
 
-async def _read(parts: Parts) -> AsyncIterator[AsyncConnection]:
-    async with parts.reading.connect() as connection:
+# Scopes end, and transactions commit, before the response is sent.
+KeyId = Annotated[UUID, Depends(_key)]
+
+
+async def _decoder(key_id: KeyId, parts: Parts) -> Turn:
+    return parts.decoding.of(key_id)
+
+
+async def _read(key_id: KeyId, parts: Parts) -> AsyncIterator[AsyncConnection]:
+    async with parts.read(key_id) as connection:
         yield connection
 
 
-async def _write(parts: Parts) -> AsyncIterator[AsyncConnection]:
-    async with parts.engine.begin() as connection:
+async def _write(key_id: KeyId, parts: Parts) -> AsyncIterator[AsyncConnection]:
+    async with parts.database.of(key_id), parts.engine.begin() as connection:
+        # The body may have come for minutes since the key was looked at.
+        if not await keys.is_open(connection, key_id):
+            raise Unauthorized
         yield connection
 
 
-# The scope ends, and the transaction commits, before the response is sent.
-KeyId = Annotated[UUID, Depends(_key, scope="function")]
+Decoder = Annotated[Turn, Depends(_decoder)]
 Reading = Annotated[AsyncConnection, Depends(_read, scope="function")]
 Writing = Annotated[AsyncConnection, Depends(_write, scope="function")]
 

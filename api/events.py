@@ -10,7 +10,8 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from api.deps import KeyId, Parts, Reading
 from api.errors import UnknownJob, responses
 from api.schemas import JobId
-from store import jobs
+from store import jobs, keys
+from store.jobs import JobEvent, Standing
 from store.lifecycle import FINAL
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -22,12 +23,17 @@ async def _exists(job_id: JobId, key_id: KeyId, connection: Reading) -> None:
         raise UnknownJob
 
 
+async def _place(key_id: KeyId, parts: Parts) -> AsyncIterator[None]:
+    async with parts.waits.of(key_id):
+        yield
+
+
 @router.get(
     "/{job_id}/events",
     response_class=EventSourceResponse,
     responses=responses(UnknownJob),
-    # In a dependency: once the stream has begun it is too late for a 404.
-    dependencies=[Depends(_exists, scope="function")],
+    # In dependencies: once the stream has begun it is too late for a 404 or 429.
+    dependencies=[Depends(_exists, scope="function"), Depends(_place, scope="request")],
 )
 async def watch(
     job_id: JobId,
@@ -40,14 +46,19 @@ async def watch(
     """Tells what happened and happens to a job, until it has ended."""
     loop = asyncio.get_running_loop()
     end = loop.time() + parts.settings.watch_for.total_seconds()
+
+    async def look() -> tuple[Standing | None, list[JobEvent]]:
+        async with parts.read(key_id) as connection:
+            if not await keys.is_open(connection, key_id):  # it may have been revoked by now
+                return None, []
+            # First how it stands, then what happened: an end that comes between is told.
+            standing = await jobs.standing(connection, key_id=key_id, job_id=job_id)
+            news = await jobs.events(connection, job_id=job_id, after=last_event_id, limit=_AT_ONCE)
+        return standing, news
+
     with parts.hub.waiter(job_id) as waiter:
         while True:
-            # First how it stands, then what happened: an end that comes between is told.
-            async with parts.reading.connect() as connection:
-                standing = await jobs.standing(connection, key_id=key_id, job_id=job_id)
-                news = await jobs.events(
-                    connection, job_id=job_id, after=last_event_id, limit=_AT_ONCE
-                )
+            standing, news = await parts.hub.ask(job_id, (key_id, last_event_id), look)
             for event in news:
                 last_event_id = event.id
                 yield ServerSentEvent(data=event.data, event=event.type, id=str(event.id))

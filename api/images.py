@@ -2,13 +2,13 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Request, Response
+from fastapi import APIRouter, Depends, Path, Response
 from starlette.datastructures import UploadFile
 
-from api import pictures
-from api.deps import KeyId, Parts, Reading, Writing
+from api import bodies, pictures
+from api.bodies import Sent
+from api.deps import Decoder, KeyId, Reading, Writing
 from api.errors import (
-    BodyTooLarge,
     Invalid,
     MalformedBody,
     NoSuchImage,
@@ -18,7 +18,7 @@ from api.errors import (
 from api.files import IfNoneMatch, answer, serves, unchanged
 from api.openapi import body
 from api.schemas import Image
-from api.submission import media_type_of, read_file
+from api.submission import media_type_of
 from store import images
 from store.images import Picture
 from store.jobs import File
@@ -35,7 +35,7 @@ _FORM = {
 }
 
 
-async def _read(request: Request, _: KeyId, parts: Parts) -> Picture:
+async def _read(request: Sent, decoding: Decoder) -> Picture:
     if media_type_of(request) != "multipart/form-data":
         raise UnsupportedMediaType("Send `multipart/form-data`.")
     async with request.form(max_files=1, max_fields=0) as form:
@@ -43,14 +43,14 @@ async def _read(request: Request, _: KeyId, parts: Parts) -> Picture:
         if not isinstance(file, UploadFile):
             raise Invalid("The only part is `file`, which is a file.")
         name = pictures.short_name(file.filename)
-        return await pictures.check(name, await read_file(file), parts.decoding)
+        return await pictures.check(name, file, decoding)
 
 
 @router.post(
     "",
     status_code=201,
     response_model=Image,
-    responses=responses(BodyTooLarge, MalformedBody, UnsupportedMediaType)
+    responses=responses(*bodies.RAISES, MalformedBody, UnsupportedMediaType)
     | {200: {"model": Image, "description": "It was there."}},
     openapi_extra=body({"multipart/form-data": _FORM}),
 )

@@ -7,6 +7,8 @@ cannot be accepted is told of, and keeps no other out.
 import asyncio
 import hashlib
 import json
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -21,6 +23,7 @@ from api.errors import ApiError, FieldError, SameImage, TooManyQueuedJobs
 from api.items import CHUNK, CHUNK_BYTES, Items, Refused, lines, refused
 from api.pictures import INLINE, Known
 from api.submission import stored
+from api.turns import Turn
 from core.errors import CoreError
 from core.spec import CollisionSpec
 from store import batches, catalog, images, jobs
@@ -30,6 +33,7 @@ from store.images import Picture
 from store.settings import Settings
 
 Role = Literal["source", "target"]
+_TURN = 0.5  # s of decoding, after which another key may be waiting
 
 
 class TooManyItems(ApiError):
@@ -61,7 +65,7 @@ class _Draft:
 class Intake:
     """Takes the items of one batch, and in the end writes them."""
 
-    def __init__(self, settings: Settings, decoding: asyncio.Semaphore) -> None:
+    def __init__(self, settings: Settings, decoding: Turn) -> None:
         self._settings, self._decoding = settings, decoding
         # More than a key may have waiting would never find room.
         self._most = min(settings.max_batch_items, settings.max_queued_jobs)
@@ -97,20 +101,24 @@ class Intake:
         self._count += len(chunk)
         if self._count > self._most:
             raise self._too_many()
-        async with self._decoding:  # one slot and one thread for the images of the whole chunk
-            items = await asyncio.to_thread(self._check, chunk)
-        for index, item in items:
-            try:
-                self._drafts.append(await self._draft(index, item))
-            except (ApiError, CoreError) as error:
-                self._refused.append(refused(index, item.custom_id, error))
+        rest = deque(chunk)
+        while rest:
+            async with self._decoding:  # one slot and one thread for the images of many items
+                items = await asyncio.to_thread(self._check, rest)
+            for index, item in items:
+                try:
+                    self._drafts.append(await self._draft(index, item))
+                except (ApiError, CoreError) as error:
+                    self._refused.append(refused(index, item.custom_id, error))
 
     def _too_many(self) -> TooManyItems:
         return TooManyItems(f"A batch has at most {self._most:,} items; send several batches.")
 
-    def _check(self, chunk: Sequence[tuple[int, Any]]) -> list[tuple[int, BatchItem]]:
-        items = []
-        for index, raw in chunk:
+    def _check(self, rest: deque[tuple[int, Any]]) -> list[tuple[int, BatchItem]]:
+        """Takes items off `rest`, until it is somebody else's turn to decode."""
+        items, end = [], time.monotonic() + _TURN
+        while rest and time.monotonic() < end:
+            index, raw = rest.popleft()
             item = self._items.check(index, raw)
             if isinstance(item, Refused):
                 self._refused.append(item)

@@ -8,7 +8,6 @@ from fastapi import APIRouter, BackgroundTasks, Header, Query, Request, Response
 from api import submission
 from api.deps import KeyId, Parts, Reading, Writing
 from api.errors import (
-    BodyTooLarge,
     IdempotencyKeyReused,
     JobNotFinal,
     TooManyQueuedJobs,
@@ -49,7 +48,7 @@ WithLabel = Annotated[
     "",
     status_code=202,
     response_model=Job,
-    responses=responses(BodyTooLarge, IdempotencyKeyReused, TooManyQueuedJobs, *submission.RAISES),
+    responses=responses(IdempotencyKeyReused, TooManyQueuedJobs, *submission.RAISES),
     openapi_extra=body(
         {
             "application/json": JobRequest,
@@ -133,14 +132,19 @@ async def get(
 ) -> Any:
     """Reads a job, at once or when it has ended."""
 
-    async def ended() -> bool:
-        async with parts.reading.connect() as connection:
+    async def look() -> bool:
+        async with parts.read(key_id) as connection:
             standing = await jobs.standing(connection, key_id=key_id, job_id=job_id)
         return standing is None or standing.status in FINAL
 
+    async def ended() -> bool:
+        return await parts.hub.ask(job_id, key_id, look)
+
     if wait:
-        await parts.hub.until(ended, job_id=job_id, seconds=wait)
-    async with parts.reading.connect() as connection:
+        async with parts.waits.of(key_id):
+            await parts.hub.until(ended, job_id=job_id, seconds=wait)
+        await parts.check(key_id)
+    async with parts.read(key_id) as connection:
         job = await jobs.get(connection, key_id=key_id, job_id=job_id)
     if job is None:
         raise UnknownJob

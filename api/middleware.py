@@ -1,11 +1,10 @@
-"""Around every request: its id, its line in the log, safe headers, and the bounds of its body."""
+"""Around every request: its id, its line in the log, and safe headers."""
 
 import re
 import time
 from uuid import uuid4
 
 import structlog
-from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,7 +13,6 @@ from api.errors import ApiError
 
 _log = structlog.get_logger(__name__)
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_TOO_LARGE = "The body has over {:,} bytes; send smaller images, or several batches."
 _QUIET = ("/livez", "/readyz", "/metrics")
 
 
@@ -57,29 +55,3 @@ class Envelope:
                     milliseconds = round((time.perf_counter() - began) * 1000, 1)
                     line = {"method": scope["method"], "path": scope["path"], "status": status}
                     _log.info("request", **line, milliseconds=milliseconds)
-
-
-class BodyLimit:
-    """Answers 413 where a body is over the limit: by its announced length, or while it comes."""
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self._app, self._limit = app, limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        announced = Headers(scope=scope).get("content-length", "")
-        too_large = announced.isdecimal() and int(announced) > self._limit
-        received = 0
-
-        async def receive_within() -> Message:
-            nonlocal received
-            message: Message = {} if too_large else await receive()
-            received += len(message.get("body", b""))
-            if too_large or received > self._limit:
-                # The kind of exception that FastAPI lets through while it reads.
-                raise HTTPException(413, _TOO_LARGE.format(self._limit))
-            return message
-
-        await self._app(scope, receive_within, send)

@@ -10,6 +10,9 @@ import unicodedata
 from dataclasses import dataclass
 from functools import cache
 
+from starlette.datastructures import UploadFile
+
+from api.turns import Turn
 from core import images
 from core.errors import InvalidImage
 from store.blobs import digest
@@ -26,7 +29,7 @@ class Known:
     sha256: str
 
 
-async def resolve(reference: str, name: str, decoding: asyncio.Semaphore) -> Picture | Known:
+async def resolve(reference: str, name: str, decoding: Turn) -> Picture | Known:
     """What an image reference names; `name` is for one that comes inline.
 
     Raises InvalidImage or UnknownName.
@@ -44,9 +47,11 @@ async def resolve(reference: str, name: str, decoding: asyncio.Semaphore) -> Pic
     raise InvalidImage(f"{name} is to be `sample:<name>`, `sha256:<hash>` or `base64:<data>`.")
 
 
-async def check(name: str, content: bytes, decoding: asyncio.Semaphore) -> Picture:
+async def check(name: str, file: UploadFile, decoding: Turn) -> Picture:
     """An image that was sent, decoded once to see that it can be. Raises InvalidImage."""
     async with decoding:
+        # One byte more than an image may have, so that one that has more is refused.
+        content = await file.read(images.MAX_BYTES + 1)
         return await asyncio.to_thread(_check, name, content)
 
 

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.datastructures import UploadFile
 
-from api import pictures
-from api.deps import KeyId, Parts
+from api import bodies, pictures
+from api.bodies import Sent
+from api.deps import Decoder, Parts
 from api.errors import (
     ApiError,
     FieldError,
@@ -29,7 +30,7 @@ from api.errors import (
 )
 from api.pictures import Known
 from api.schemas import JobPart, JobRequest
-from core import images as core_images
+from api.turns import Turn
 from store import catalog, idempotency, images, jobs
 from store.images import Picture, Stored
 from store.settings import Settings
@@ -57,12 +58,12 @@ class Submission:
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-async def _read(request: Request, _: KeyId, parts: Parts) -> Submission:
+async def _read(request: Sent, decoding: Decoder, parts: Parts) -> Submission:
     """The job in the body; only a key's owner gets so far as to send one."""
     media_type = media_type_of(request)
     if media_type == "application/json":
         asked: JobRequest | JobPart = await parse(JobRequest, await request.body(), "body")
-        return await _resolve(asked, {}, parts.decoding)
+        return await _resolve(asked, {}, decoding)
     if media_type != "multipart/form-data":
         raise UnsupportedMediaType
     # Text parts are as long as the body may be: images may come in them.
@@ -75,7 +76,7 @@ async def _read(request: Request, _: KeyId, parts: Parts) -> Submission:
         if not isinstance(text, str) or len(files) + 1 != len(form.multi_items()):
             raise Invalid(errors=[FieldError(loc="body", message=_PARTS)])
         asked = await parse(JobPart, text.encode(errors="replace"), "body", "job")
-        return await _resolve(asked, files, parts.decoding)
+        return await _resolve(asked, files, decoding)
 
 
 _PARTS = "The parts are `job`, which is text, and `source`, `target` or both, which are files."
@@ -165,13 +166,8 @@ async def parse(model: type[M], body: bytes, *location: str) -> M:
         raise Invalid.of(error, model, *location) from error
 
 
-async def read_file(file: UploadFile) -> bytes:
-    """What was sent, or one byte more than an image may have."""
-    return await file.read(core_images.MAX_BYTES + 1)
-
-
 async def _resolve(
-    asked: JobRequest | JobPart, files: dict[str, UploadFile], decoding: asyncio.Semaphore
+    asked: JobRequest | JobPart, files: dict[str, UploadFile], decoding: Turn
 ) -> Submission:
     found: dict[str, Picture | Known] = {}
     for name, reference in (("source", asked.source), ("target", asked.target)):
@@ -182,7 +178,7 @@ async def _resolve(
             found[name] = await pictures.resolve(reference, name, decoding)
         else:
             own_name = pictures.short_name(files[name].filename)
-            found[name] = await pictures.check(own_name, await read_file(files[name]), decoding)
+            found[name] = await pictures.check(own_name, files[name], decoding)
     # Of patches, corners can be found that collide with their source.
     if found["source"].sha256 == found["target"].sha256 and asked.spec.patch_set is None:
         raise SameImage
@@ -212,6 +208,7 @@ def stored(image: Picture | Known, names: Mapping[str, str]) -> Stored:
 
 
 RAISES: tuple[type[ApiError], ...] = (
+    *bodies.RAISES,
     Invalid,
     MalformedBody,
     SameImage,

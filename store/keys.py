@@ -38,6 +38,7 @@ _REVOKE = text(f"""
     WHERE prefix = :prefix AND sha256 IS NOT NULL RETURNING {_COLUMNS}
 """)
 _FIND = text("SELECT id, sha256 FROM api_keys WHERE prefix = :prefix AND revoked_at IS NULL")
+_OPEN = text("SELECT EXISTS (SELECT FROM api_keys WHERE id = :id AND revoked_at IS NULL)")
 _LOCAL = text("""
     INSERT INTO api_keys (id, name, prefix) VALUES (:id, :name, :name)
     ON CONFLICT (prefix) DO UPDATE SET name = excluded.name RETURNING id
@@ -76,6 +77,11 @@ async def authenticate(connection: AsyncConnection, full: str) -> uuid.UUID | No
     # Hashed and compared in any case, so that the time taken does not tell which prefixes exist.
     known = row.sha256 if row is not None and row.sha256 is not None else bytes(32)
     return row.id if compare_digest(_hash(full), bytes(known)) and row is not None else None
+
+
+async def is_open(connection: AsyncConnection, key_id: uuid.UUID) -> bool:
+    """Whether a key that was good a while ago still is."""
+    return bool(await connection.scalar(_OPEN, {"id": key_id}))
 
 
 async def local(connection: AsyncConnection) -> uuid.UUID:

@@ -67,6 +67,16 @@ class Settings(BaseSettings):
         description="A stream of events ends then; clients come back with `Last-Event-ID`.",
     )
 
+    header_timeout: timedelta = Field(
+        timedelta(seconds=10), description="A connection ends on which no whole request came."
+    )
+    body_timeout: timedelta = Field(
+        timedelta(seconds=30), description="A body ends of which nothing came for so long."
+    )
+    max_connections: int = Field(2000, ge=1, description="Of an API process; more get 503.")
+    max_waits: int = Field(
+        1000, ge=1, description="Streams and held-back answers of a key at a time; more get 429."
+    )
     max_queued_jobs: int = Field(100_000, description="That a key may have waiting.")
     max_body_bytes: int = 100 * 2**20  # two images of the largest size, in base64
     max_parameters: int = Field(

@@ -21,7 +21,7 @@ from PIL import Image
 from pydantic import SecretStr
 from sqlalchemy import Engine, text
 
-from api.app import create
+from api.serving import config
 from core.spec import CollisionSpec
 from polycollide import stack
 from store import keys, queue, workers
@@ -86,10 +86,7 @@ class Service:
 @contextmanager
 def serve(settings: Settings) -> Iterator[Service]:
     """Runs the app in a thread."""
-    config = uvicorn.Config(
-        create(settings), port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(config(settings, port=0, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
