@@ -33,7 +33,8 @@ def create(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine, reading = connect_async(settings), connect_async(settings, reading=True)
-        hub, doorbell = Hub(reading), Doorbell(settings)
+        direct = connect_async(settings, reading=True, direct=True)
+        hub, doorbell = Hub(direct), Doorbell(settings)
         app.state.services = Services(
             settings=settings,
             engine=engine,
@@ -57,6 +58,7 @@ def create(settings: Settings | None = None) -> FastAPI:
             await doorbell.close()
             await engine.dispose()
             await reading.dispose()
+            await direct.dispose()
 
     # /docs with scripts of its own: it works where the internet is not.
     app = FastAPIOffline(

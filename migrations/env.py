@@ -6,7 +6,7 @@ from sqlalchemy import create_engine
 from store.settings import settings
 from store.tables import Base
 
-url = context.config.attributes.get("url") or settings().sqlalchemy_url
+url = context.config.attributes.get("url") or settings().direct_sqlalchemy_url
 engine = create_engine(url)
 with engine.connect() as connection:
     context.configure(connection, target_metadata=Base.metadata, compare_server_default=True)

@@ -33,6 +33,14 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, lt=2**16)
 
     database_url: str = "postgresql://polycollide@localhost/polycollide"
+    database_direct_url: str | None = Field(
+        None,
+        description="Where `database_url` leads to a pooler such as PgBouncer: the server behind "
+        "it, for notices and migrations, which need a connection of their own.",
+    )
+    prepare_statements: bool = Field(
+        True, description="False behind a pooler that does not know prepared statements."
+    )
     database_password: SecretStr = SecretStr(DEFAULT_PASSWORD)
     redis_url: SecretStr = SecretStr("redis://localhost:6379/0")
 
@@ -111,7 +119,15 @@ class Settings(BaseSettings):
     @property
     def sqlalchemy_url(self) -> URL:
         """`database_url` with our driver, and `database_password` unless it has one of its own."""
-        url = make_url(self.database_url).set(drivername="postgresql+psycopg")
+        return self._url(self.database_url)
+
+    @property
+    def direct_sqlalchemy_url(self) -> URL:
+        """The same to the database itself, whatever pooler stands before it."""
+        return self._url(self.database_direct_url or self.database_url)
+
+    def _url(self, given: str) -> URL:
+        url = make_url(given).set(drivername="postgresql+psycopg")
         password = self.database_password.get_secret_value()
         return url if url.password is not None else url.set(password=password)
 

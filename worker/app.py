@@ -6,6 +6,7 @@ to a worker, opens torch.
 """
 
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -29,6 +30,14 @@ from store.settings import DRAIN_TASK, QUEUE, settings
 
 log = structlog.get_logger(__name__)
 
+# By the options of TCP that this system has, in seconds but for the last, in milliseconds.
+_PROBES = {"KEEPIDLE": 10, "KEEPINTVL": 5, "KEEPCNT": 3, "USER_TIMEOUT": 15_000}
+KEEPALIVE = {
+    getattr(socket, f"TCP_{name}"): value
+    for name, value in _PROBES.items()
+    if hasattr(socket, f"TCP_{name}")
+}
+
 app = Celery("polycollide", broker=settings().redis_url.get_secret_value(), set_as_current=False)
 app.conf.update(
     task_ignore_result=True,
@@ -49,7 +58,9 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
     broker_transport_options={
+        # Who waits for a bell sends nothing: only this tells it that Redis is out of reach.
         "socket_keepalive": True,
+        "socket_keepalive_options": KEEPALIVE,
         "socket_timeout": 30,
         "socket_connect_timeout": 5,
         "health_check_interval": 10,
