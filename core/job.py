@@ -82,7 +82,7 @@ class Subject:
             working_tap=working,
             cut=is_cut(tap, references[:1], references[1:2]),
             mixes=mixes(tap, references[:3]),
-            natural=interpolate.natural_distance(references),
+            natural=interpolate.natural_distance(tuple(references.shape[1:])),
             feature_distance=_feature_distance(tap, references),
         )
 

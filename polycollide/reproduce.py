@@ -135,7 +135,7 @@ def _budgets(pairs: int, device: torch.device) -> None:
     with Progress(console=aside, transient=True, disable=not aside.is_terminal) as bar:
         task = bar.add_task("budgets", total=len(jobs) * len(BUDGETS))
         for done in jobs.values():
-            polytope, natural = done.polytope, interpolate.natural_distances()[(1, 28, 28)][0]
+            polytope, natural = done.polytope, interpolate.natural_distance((1, 28, 28))[0]
             assert polytope
             assert done.units
             objectives = exact.unit_objectives(polytope, done.units)

@@ -17,7 +17,7 @@ from scipy import special, stats
 from scipy.spatial import distance
 from torch import Tensor, nn
 
-from core import interpolate
+from core import images, interpolate
 from core.interpolate import (
     Looked,
     Samples,
@@ -146,21 +146,40 @@ def test_one_corner_or_five_alike_have_no_spread() -> None:
         assert measure_polytope(corners, (2.5, "")).spread == 0
 
 
-def test_the_shipped_natural_distances_are_taken_for_their_shapes() -> None:
-    digits = natural_distance(torch.rand(3, 1, 28, 28, generator=generator()))
+def test_the_reference_is_the_papers_in_colour_and_mnists_in_grey() -> None:
+    digits = natural_distance((1, 28, 28))
     assert digits == (pytest.approx(10.21, rel=0.01), "MNIST test images")  # the paper's 10.21
-    photos, of = natural_distance(torch.zeros(1, 3, 224, 224))
-    assert photos == pytest.approx(37538 / 255, abs=1e-4)
-    assert "Li, Zhang and Malik 2019, 37538" in of
+    photos, of = natural_distance((3, 224, 224))
+    assert photos * 255 == pytest.approx(37538.22, abs=0.02)
+    assert of == "ImageNet images (the paper's 37538.22 for 224 x 224 on the 0-255 scale)"
 
 
-@pytest.mark.parametrize("shape", [(3, 28, 28), (1, 224, 224), (3, 9, 7)])
-def test_other_shapes_are_compared_with_the_references(shape: tuple[int, int, int]) -> None:
-    references = torch.rand(4, *shape, generator=generator())
-    mean, of = natural_distance(references)
-    wanted = distance.pdist(references.flatten(1).double().numpy()).mean()
-    assert mean == pytest.approx(wanted, rel=1e-12)
-    assert of == "the 4 sample images that ship with polycollide"
+@pytest.mark.parametrize(
+    ("shape", "factor", "told"),
+    [
+        ((3, 227, 227), 227 / 224, "times 1.013 for 227 x 227"),
+        ((3, 56, 224), 0.5, "times 0.5 for 56 x 224"),
+        ((1, 32, 32), 32 / 28, "times 1.143 for 32 x 32"),
+    ],
+)
+def test_at_other_sizes_the_reference_grows_with_the_root_of_the_pixels_and_says_so(
+    shape: tuple[int, int, int], factor: float, told: str
+) -> None:
+    own, of = natural_distance((3, 224, 224) if shape[0] == 3 else (1, 28, 28))
+    distance, named = natural_distance(shape)
+    assert distance == pytest.approx(factor * own, rel=1e-12)
+    assert named == f"{of}, {told}"
+
+
+def test_the_distance_of_resized_photographs_does_grow_so() -> None:
+    names = [name for name in images.sample_names() if name.startswith("photos/")]
+    each = []
+    for side in (64, 224, 299):
+        shape = images.Preprocessing("RGB", size=(side, side))
+        files = [images.load(*images.read(f"sample:{name}"), shape).pixels for name in names]
+        apart = pairwise_distance(torch.from_numpy(np.stack(files)))
+        each.append(mean_of_pairs(apart) / natural_distance((3, side, side))[0])
+    assert max(each) / min(each) < 1.05
 
 
 @needs_mnist
@@ -168,7 +187,7 @@ def test_the_natural_distance_of_mnist_is_that_of_random_test_images() -> None:
     pixels = np.load(MNIST)["images"].reshape(10_000, -1) / 255
     pairs = np.random.default_rng(0).permutation(10_000).reshape(2, -1)
     apart = np.linalg.norm(pixels[pairs[0]] - pixels[pairs[1]], axis=1)
-    shipped, _ = natural_distance(torch.zeros(1, 1, 28, 28))
+    shipped, _ = natural_distance((1, 28, 28))
     assert abs(apart.mean() - shipped) < 4 * apart.std() / math.sqrt(len(apart))
 
 
