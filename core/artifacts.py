@@ -15,6 +15,7 @@ from core.job import Job
 from core.outcome import Outcome
 
 Arrays = dict[str, NDArray[Any]]
+LOSSES = "residual", "l_pos", "violation"
 
 
 def encode(done: Job, outcome: Outcome) -> dict[str, bytes]:
@@ -75,7 +76,8 @@ def to_npz(arrays: Arrays) -> bytes:
 
 def _samples(samples: Samples) -> Arrays:
     """As they were computed: corners were mixed, and residuals taken, in float32."""
-    narrow = {"weights": np.float32, "residual": np.float32, "label": np.int32}
+    narrow: dict[str, type] = dict.fromkeys(("weights", *LOSSES), np.float32)
+    narrow["label"] = np.int32
     return {
         name: array.astype(narrow.get(name.removesuffix("_8bit"), array.dtype))
         for name, array in samples.arrays().items()

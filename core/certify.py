@@ -24,6 +24,8 @@ from core.program import UnsupportedNetwork, read
 from core.taps import Tap, matmul_precision
 
 STARTS, STEPS = 64, 100
+# Of corners, midpoints and the centroid so many at most are looked at for those to start from.
+LOOKED = 1024
 # Of the simplex, whose edges are sqrt(2) long: steps begin across it and end at a 500th of that.
 FIRST_STEP, LAST_STEP = 0.5, 1e-3
 # Every so many steps those within such a part of a step of each other become one.
@@ -90,8 +92,9 @@ def worst_point(
     """Projected gradient descent of the margin of `label` over mixtures of `corners` [K, C, H, W].
 
     It starts from all corners, all midpoints of two, the centroid, and uniform draws up to
-    `starts`. With `mixes` (`core.taps.mixes`) the first layer is computed for the corners only.
-    `on_step` is called after each step.
+    `starts`; where there are more than that, from those with the least margins. So no corner has
+    a margin below what is found. With `mixes` (`core.taps.mixes`) the first layer is computed for
+    the corners only. `on_step` is called after each step.
     """
     corners = corners.detach()
 
@@ -113,6 +116,10 @@ def worst_point(
         return torch.cat(found), torch.cat(gradients)
 
     begin = _starts(len(corners), starts, seed).to(corners.device)
+    if len(begin) > starts:
+        found, _ = look_at_all(begin)
+        begin = begin[found.argsort(stable=True)[:starts].sort().values]
+        on_step()
     best = _descend(look_at_all, begin, steps, on_step)
     # Kernels for few images round unlike those for many: what is told is true of this image alone.
     image = _mixtures(best[None], corners)
@@ -151,12 +158,15 @@ def certify(
 
 
 def _starts(corners: int, least: int, seed: int) -> Tensor:
-    """Barycentric weights [N, K] in float64, N >= `least`."""
+    """Barycentric weights [N, K] in float64, N >= `least`; at most that, or LOOKED."""
+    rng = np.random.default_rng([seed, 2])
     vertices = torch.eye(corners, dtype=torch.float64)
     first, second = torch.triu_indices(corners, corners, 1)
+    if (room := max(least, LOOKED) - corners - 1) < len(first):
+        some = torch.from_numpy(np.sort(rng.choice(len(first), room, replace=False)))
+        first, second = first[some], second[some]
     midpoints = (vertices[first] + vertices[second]) / 2
     given = torch.cat([vertices, midpoints, vertices.mean(0, keepdim=True)])
-    rng = np.random.default_rng([seed, 2])
     drawn = simplex_weights("uniform", max(0, least - len(given)), corners, rng)
     return torch.cat([given, torch.from_numpy(drawn)])
 

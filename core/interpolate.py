@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import special
 from torch import Tensor
 
-from core.objective import Target, residual
+from core.objective import Target, l_pos, residual, violation
 from core.result import Ball, InterpolationResult, Polytope
 from core.taps import Tap
 
@@ -35,6 +35,8 @@ class Looked:
     probability: Floats
     label: NDArray[np.int64]
     residual: Floats
+    l_pos: Floats
+    violation: Floats
 
 
 @dataclass(frozen=True)
@@ -174,19 +176,27 @@ def sample_polytope(
         for part in _parts(len(points), corners[0]):
             columns.append(_look(*forward(part), target, label))
             on_chunk()
-        probability, labels, residuals = torch.cat(columns, 1).cpu().numpy()
-        return Looked(probability, labels.astype(np.int64), residuals)
+        probability, labels, *losses = torch.cat(columns, 1).cpu().numpy()
+        return Looked(probability, labels.astype(np.int64), *losses)
 
     return Samples(weights, look(float_forward), look(rounded_forward))
 
 
 def summarize(
-    samples: Samples, sampler: str, label: int, random_residual: float
+    samples: Samples,
+    sampler: str,
+    label: int,
+    random_residual: float,
+    thresholds: tuple[float, float],
 ) -> InterpolationResult:
-    """The numbers of a result; `random_residual` is that of unrelated images, as in `Looked`."""
+    """The numbers of a result; `random_residual` is that of unrelated images, as in `Looked`.
+
+    `thresholds` are those of L_pos and violation that corners have to meet.
+    """
 
     def of(looked: Looked) -> dict[str, object]:
         hits = int((looked.label == label).sum())
+        over = np.maximum(looked.l_pos / thresholds[0], looked.violation / thresholds[1])
         return {
             "accuracy": hits / len(looked.label),
             "accuracy_interval": clopper_pearson(hits, len(looked.label)),
@@ -196,6 +206,9 @@ def summarize(
                 zip(map(str, QUANTILES), np.quantile(looked.probability, QUANTILES), strict=True)
             ),
             "relative_residual": float(looked.residual.mean()),
+            "max_relative_residual": float(looked.residual.max()),
+            "under_thresholds": float((over < 1).mean()),
+            "max_over_threshold": float(over.max()),
             "residual_to_random": float(looked.residual.mean()) / random_residual
             if random_residual
             else None,
@@ -221,17 +234,25 @@ def measure_ball(
     """The ball of Appendix B around the centroid of `corners`, sampled uniformly.
 
     In so many dimensions nearly all of a ball is its surface: this is also the test on the sphere.
+    Points that `clip` brings back to valid pixels come nearer, and the result says how near.
     """
     centre = corners.mean(0)
     radius = float((corners - centre).flatten(1).norm(dim=1).min())
     hits = torch.zeros((), dtype=torch.int64, device=corners.device)
+    away = []
     for points in _unit_ball(centre, samples, seed):
         images = torch.add(centre, points, alpha=radius)
         logits = tap.logits(images.clamp_(0, 1) if clip else images)
         hits += (logits.argmax(1) == label).sum()
+        away.append(images.sub_(centre).flatten(1).norm(dim=1))
         on_chunk()
+    reached = torch.cat(away).double()
     return Ball(
         radius=radius,
+        clipped=clip,
+        least_radius=float(reached.min()),
+        mean_radius=float(reached.mean()),
+        largest_radius=float(reached.max()),
         samples=samples,
         accuracy=int(hits) / samples,
         accuracy_interval=clopper_pearson(int(hits), samples),
@@ -277,9 +298,10 @@ def observe(tap: Tap, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _look(pre: Tensor, logits: Tensor, target: Target, label: int) -> Tensor:
-    """[3, N]: probability, label and residual, as in `Looked`."""
+    """[5, N]: probability, label, residual, L_pos and violation, as in `Looked`."""
     # Whole numbers up to 2^53 survive the trip as float64.
-    return torch.stack([probability_of(label, logits), logits.argmax(1), residual(pre, target)])
+    losses = residual(pre, target), l_pos(pre, target), violation(pre, target)
+    return torch.stack([probability_of(label, logits), logits.argmax(1), *losses])
 
 
 def chunk(image: Tensor) -> int:

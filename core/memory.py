@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from core.certify import LOOKED
 from core.engine import DECAYS, FILL, SMALL_IMAGE
 from core.errors import CoreError
 from core.interpolate import chunk
@@ -130,7 +131,7 @@ class Footprint:
         looked = min(most, max(k, spec.interpolation.samples, spec.ball_samples))
         taken = looked * (self._per_image(False, True, False) + FLOAT * (2 * values + MADE * units))
         if spec.worst_starts:
-            starts = min(most, max(spec.worst_starts, k * (k + 1) // 2 + 1))
+            starts = min(most, max(spec.worst_starts, min(LOOKED, k * (k + 1) // 2 + 1)))
             descent = starts * (self._per_image(False, True, True) + FLOAT * values)
             taken = max(taken, descent)
         # In float64 for distances, twice.

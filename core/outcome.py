@@ -70,7 +70,8 @@ def measure(subject: Subject, job: Job, on_chunk: Callable[[], None] = lambda: N
             subject.tap, goal, label, corners, weights, mixes=subject.mixes, on_chunk=on_chunk
         )
         unrelated = subject.feature_distance / goal.energy**0.5
-        interpolation = interpolate.summarize(samples, sampler, label, unrelated)
+        thresholds = job.group.l_pos_threshold, job.group.violation_threshold
+        interpolation = interpolate.summarize(samples, sampler, label, unrelated, thresholds)
     if spec.ball_samples:
         clip = spec.pixel_range == "valid"
         ball = interpolate.measure_ball(

@@ -110,15 +110,36 @@ class InterpolationResult(_Model):
     probability_quantiles_8bit: dict[str, float]
     relative_residual_8bit: float
     residual_to_random_8bit: float | None
+    # What the convergence of a hull rests on are a few points between its corners, drawn afresh;
+    # these are of all samples. Results of earlier versions have none of them.
+    max_relative_residual: float | None = Field(None, description="The worst sample's.")
+    under_thresholds: float | None = Field(
+        None, description="Fraction under the thresholds that corners have to meet."
+    )
+    max_over_threshold: float | None = Field(
+        None,
+        description="The worst sample's L_pos or violation, over its threshold: above 1 it is "
+        "further from the target's features than a corner may be.",
+    )
+    max_relative_residual_8bit: float | None = None
+    under_thresholds_8bit: float | None = None
+    max_over_threshold_8bit: float | None = None
 
 
 class Ball(_Model):
     """Appendix B: around the centroid, as wide as the nearest corner."""
 
-    radius: float
+    radius: float = Field(description="Of the ball, in which points are drawn.")
     samples: int
     accuracy: float
     accuracy_interval: tuple[float, float]
+    # Results of earlier versions have none of these.
+    clipped: bool | None = Field(
+        None, description="Whether points were brought back to valid pixels: then they lie nearer."
+    )
+    least_radius: float | None = Field(None, description="At which a point was looked at.")
+    mean_radius: float | None = None
+    largest_radius: float | None = None
 
 
 class Worst(_Model):

@@ -240,7 +240,9 @@ class CollisionSpec(Strict):
         64,
         ge=0,
         le=4096,
-        description="Starts of the search for the worst point of the polytope; 0: none.",
+        description="Starts of the search for the worst point of the polytope, at most: corners, "
+        "midpoints of two, the centroid (of these, where they are more, the worst), then uniform "
+        "draws; 0: none.",
     )
     certify: Certify | None = Field(None, description="Whether a proof is sought.")
     snapshots: int = Field(

@@ -194,8 +194,21 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
             f"{percent(between.accuracy_8bit, between.accuracy_interval_8bit)}, mean probability "
             f"{between.mean_probability_8bit:.4f}, least {between.min_probability_8bit:.4f}",
         )
+        if between.under_thresholds is not None and between.max_over_threshold is not None:
+            yield (
+                "their features",
+                f"{100 * between.under_thresholds:.1f} % under the corners' thresholds, the worst "
+                f"at {between.max_over_threshold:.2f} of them; relative residual "
+                f"{between.relative_residual:.3f}, at most {between.max_relative_residual:.3f}",
+            )
     if ball := result.ball:
-        yield f"ball, radius {ball.radius:.2f}", percent(ball.accuracy, ball.accuracy_interval)
+        told = percent(ball.accuracy, ball.accuracy_interval)
+        if ball.clipped and ball.mean_radius is not None:
+            told += (
+                f"; clipped to valid pixels, its points lie at {ball.least_radius:.2f} to "
+                f"{ball.largest_radius:.2f}, {ball.mean_radius:.2f} on average"
+            )
+        yield f"ball, radius {ball.radius:.2f}", told
     for name, text in claims(result):
         yield name[0].lower() + name[1:], text
     for note in result.notes:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from core import certify as certifying
-from core.certify import certify, project_to_simplex, worst_point
+from core.certify import certify, margins_of, project_to_simplex, worst_point
+from core.interpolate import chunk
 from core.models import Model
 from core.taps import Tap, open_tap
 
@@ -127,6 +128,28 @@ def test_starts_are_all_corners_all_midpoints_the_centroid_and_draws():
     assert (0.2,) * 5 in rows
     assert len(rows) == 64
     assert len(certifying._starts(20, 64, seed=0)) == 20 + 190 + 1
+
+
+def test_of_very_many_midpoints_a_part_is_looked_at_and_all_corners():
+    starts = certifying._starts(256, 64, seed=0)
+    assert len(starts) == certifying.LOOKED
+    assert torch.equal(starts[:256], torch.eye(256).double())
+    assert len({tuple(row.nonzero().flatten().tolist()) for row in starts}) == len(starts)
+    assert torch.equal(certifying._starts(256, 64, seed=0), starts)
+    assert len(certifying._starts(256, 4096, seed=0)) == 4096
+
+
+def test_a_search_goes_on_from_no_more_starts_than_were_asked_for_the_worst(mlp, digits):
+    tap, sizes = model_tap(mlp, digits), []
+    corners = torch.cat([digits, digits.flip(3)])[:30]  # 466 corners, midpoints and centroid
+    handle = tap.network.fc3.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    found = worst_point(tap, corners, 3, starts=16, steps=5)
+    handle.remove()
+    each = chunk(corners[0])
+    assert sizes[:2] == [each, 466 - each]
+    assert max(sizes[2:]) == 16
+    with torch.no_grad():
+        assert found.margin <= float(margins_of(tap.logits(corners), 3).min()) + 1e-5
 
 
 def test_each_step_is_told(mlp, digits):

@@ -316,6 +316,9 @@ def test_the_ball_collides_as_often_as_its_part_beyond_a_plane_is_large(
     hits = round(got.accuracy * 5000)
     interval = stats.binomtest(hits, 5000).proportion_ci(0.95, "exact")
     assert got.accuracy_interval == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert got.clipped is False
+    assert got.largest_radius == pytest.approx(RADIUS, rel=1e-2)  # 0.9 ** 4 of it is 0.66
+    assert got.mean_radius == pytest.approx(0.8 * RADIUS, rel=0.02)  # d / (d + 1)
     opposite = measure_ball(tap, 1, CORNERS, 5000, clip=False, seed=1)
     assert opposite.accuracy == pytest.approx(1 - got.accuracy)
     assert max(map(len, network.seen)) == min(interpolate.ROWS, chunk // 4)
@@ -337,6 +340,11 @@ def test_only_a_clipped_ball_is_held_to_valid_pixels_and_a_seed_gives_it_again()
     assert torch.equal(points(1, clip=False), free)
     assert torch.equal(points(1, clip=True), free.clamp(0, 1))
     assert not torch.equal(points(2, clip=False), free)
+    clipped = measure_ball(tap, 0, CORNERS, 300, clip=True, seed=1)
+    away = (free.clamp(0, 1) - CENTRE).flatten(1).norm(dim=1).double()
+    told = clipped.least_radius, clipped.mean_radius, clipped.largest_radius
+    assert told == pytest.approx((float(away.min()), float(away.mean()), float(away.max())))
+    assert clipped.clipped and told[1] < 0.95 * float((free - CENTRE).flatten(1).norm(dim=1).mean())
 
 
 def test_points_kept_for_the_next_job_are_those_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,11 +407,13 @@ class Mnist:
             pre[layer] = h @ weight.T + bias
             h = np.maximum(pre[layer], 0)
         goal = np.maximum(self.target.pre.double().numpy(), 0)
-        apart = np.maximum(pre[self.tap.layer.name], 0) - goal
+        here, there = pre[self.tap.layer.name], self.target.pre.double().numpy()
         return Looked(
             special.softmax(pre["fc3"], 1)[:, self.label],
             pre["fc3"].argmax(1),
-            np.linalg.norm(apart, axis=1) / np.linalg.norm(goal),
+            np.linalg.norm(np.maximum(here, 0) - goal, axis=1) / np.linalg.norm(goal),
+            ((here - there)[:, there >= 0] ** 2).sum(1),
+            (np.maximum(here[:, there < 0], 0) ** 2).sum(1),
         )
 
     def images(self) -> Floats:
@@ -427,7 +437,8 @@ def mnist(request: pytest.FixtureRequest, mlp: Model, digits: Tensor) -> Mnist:
 
 def assert_looks(got: Looked, wanted: Looked, *, close: float = 1e-5) -> None:
     np.testing.assert_allclose(got.probability, wanted.probability, rtol=close)
-    np.testing.assert_allclose(got.residual, wanted.residual, rtol=close)
+    for name in ("residual", "l_pos", "violation"):
+        np.testing.assert_allclose(getattr(got, name), getattr(wanted, name), rtol=close, atol=1e-6)
     assert got.label.tolist() == wanted.label.tolist()
     assert (got.probability.dtype, got.label.dtype) == (np.float64, np.int64)
 
@@ -501,7 +512,7 @@ def test_observing_many_images_in_chunks_equals_observing_them_at_once(
 def test_arrays_are_named_for_samples_npz(mnist: Mnist) -> None:
     samples = mnist.sample()
     arrays = samples.arrays()
-    names = ["probability", "label", "residual"]
+    names = ["probability", "label", "residual", "l_pos", "violation"]
     assert list(arrays) == ["weights", *names, *(f"{name}_8bit" for name in names)]
     assert arrays["weights"] is samples.weights
     for name in names:
@@ -515,14 +526,15 @@ def test_arrays_are_named_for_samples_npz(mnist: Mnist) -> None:
 def looked(seed: int, hits: int, n: int = 200) -> Looked:
     rng = np.random.default_rng(seed)
     label = np.where(np.arange(n) < hits, 7, rng.integers(0, 7, n))
-    return Looked(rng.random(n), rng.permutation(label), rng.random(n) * 3)
+    losses = (rng.random(n) * 3 for _ in range(3))
+    return Looked(rng.random(n), rng.permutation(label), *losses)
 
 
 @pytest.mark.parametrize("hits", [(0, 200), (200, 0), (150, 149)])
 def test_a_summary_has_numpys_numbers_for_floats_and_8_bits(hits: tuple[int, int]) -> None:
     floats, rounded = (looked(seed, count) for seed, count in enumerate(hits))
     samples = Samples(np.full((200, 4), 0.25), floats, rounded)
-    got: dict[str, Any] = summarize(samples, "paper", 7, 1.7).model_dump()
+    got: dict[str, Any] = summarize(samples, "paper", 7, 1.7, (2.0, 2.5)).model_dump()
     wanted: dict[str, Any] = {"samples": 200, "sampler": "paper"}
     for suffix, part, count in (("", floats, hits[0]), ("_8bit", rounded, hits[1])):
         interval = stats.binomtest(count, 200).proportion_ci(0.95, "exact")
@@ -538,5 +550,19 @@ def test_a_summary_has_numpys_numbers_for_floats_and_8_bits(hits: tuple[int, int
             ),
             f"relative_residual{suffix}": pytest.approx(part.residual.sum() / 200),
             f"residual_to_random{suffix}": pytest.approx(part.residual.sum() / 200 / 1.7),
+            f"max_relative_residual{suffix}": np.sort(part.residual)[-1],
+            f"under_thresholds{suffix}": sum(
+                each < 2.0 and other < 2.5
+                for each, other in zip(part.l_pos, part.violation, strict=True)
+            )
+            / 200,
+            f"max_over_threshold{suffix}": max(part.l_pos.max() / 2, part.violation.max() / 2.5),
         }
     assert got == wanted
+
+
+def test_without_a_threshold_of_violation_samples_are_judged_by_l_pos_alone() -> None:
+    one = looked(0, 200)
+    got = summarize(Samples(np.full((200, 4), 0.25), one, one), "uniform", 7, 1.0, (2.0, math.inf))
+    assert got.under_thresholds == (one.l_pos < 2).mean() == got.under_thresholds_8bit
+    assert got.max_over_threshold == one.l_pos.max() / 2
