@@ -467,11 +467,10 @@ class Engine:
         group.snapshots.note(group.age, lambda: self._snapshot(group, where))
         late = group.age >= group.spec.max_steps, group.seconds >= group.spec.max_seconds
         enough = score < (0 if group.hull else 1)
-        in_time = group.converged[corner] & any(late)  # a hull that would still have grown
         over = [np.full(len(score), is_late) for is_late in late]
         reason = np.select(
-            [enough, ~np.isfinite(score), in_time, *over],
-            [CONVERGED, DIVERGED, CONVERGED, MAX_STEPS, MAX_SECONDS],
+            [enough, ~np.isfinite(score), *over],
+            [CONVERGED, DIVERGED, MAX_STEPS, MAX_SECONDS],
             RUNNING,
         )
         group.reason[corner] = reason

@@ -401,6 +401,9 @@ def _findings(result: Result) -> list[str]:
     if failed:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in failed.items())
         status += f", those with * did not ({reasons})"
+    elif result.goal_reached is False:
+        ended = ", ".join(dict.fromkeys(corner.reason for corner in result.corners))
+        status += f", but the spread is short of its goal of {spec.hull.goal:g} ({ended})"
     lines = [
         f"{spec.model}, {spec.layer}: {status}; {result.steps:,} steps.",
         f"Spread {polytope.spread:.3g}: corners lie {polytope.mean_pairwise_distance:.2f} apart on "

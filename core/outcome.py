@@ -32,6 +32,8 @@ from core.result import (
 from core.spec import CollisionSpec
 from core.taps import matmul_precision
 
+ROUNDING = 1e-5  # of a spread: the engine adds up in float32, results in float64
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -95,8 +97,12 @@ def measure(subject: Subject, job: Job, on_chunk: Callable[[], None] = lambda: N
         )
     corner_results = _corner_results(subject, job)
     polytope = interpolate.measure_polytope(corners, subject.natural)
+    collides = bool(job.group.converged.all())
+    reached = polytope.spread >= (1 - ROUNDING) * spec.hull.goal if job.group.hull else None
     result = Result(
-        converged=bool(job.group.converged.all()),
+        converged=collides and reached is not False,
+        collides=collides,
+        goal_reached=reached,
         steps=min(job.group.age, spec.max_steps),
         seconds=job.group.seconds,
         measuring_seconds=0.0,

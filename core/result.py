@@ -44,8 +44,12 @@ class CornerResult(_Model):
     violation: float = Field(description="Sum of squares of what reaches past an inactive bound.")
     relative_residual: float = Field(description="||f(x) - f(t)|| / ||f(t)||")
     steps: int = Field(description="To the state that is kept, the best one seen.")
-    converged: bool
-    reason: Literal["converged", "max_steps", "max_seconds", "diverged", "stopped"]
+    converged: bool = Field(
+        description="Under its thresholds; in a hull all corners are, or none, and points between."
+    )
+    reason: Literal["converged", "max_steps", "max_seconds", "diverged", "stopped"] = Field(
+        description="Why it took no further step: a hull ends as `converged` at its goal only."
+    )
     label: int
     class_: str = Field(alias="class")
     probability: float
@@ -231,7 +235,17 @@ class Provenance(_Model):
 
 class Result(_Model):
     schema_version: Literal[1] = 1
-    converged: bool = Field(description="Every corner is under its thresholds.")
+    converged: bool = Field(
+        description="All that was asked for is reached: `collides`, and of a hull `goal_reached`."
+    )
+    collides: bool | None = Field(
+        None,
+        description="Every corner is under its thresholds, and in a hull the points between them "
+        "that were drawn; null in results of earlier versions.",
+    )
+    goal_reached: bool | None = Field(
+        None, description="Whether the spread is that of `hull.goal`; null without a hull."
+    )
     steps: int = Field(description="Taken until the last corner ended.")
     seconds: float = Field(description="Of the optimisation, company included.")
     measuring_seconds: float

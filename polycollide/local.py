@@ -167,7 +167,12 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
         yield "converged", f"every corner, in {result.steps} steps and {result.seconds:.2f} s"
     else:
         ends = Counter(c.reason for c in result.corners)
-        yield "converged", "no: " + ", ".join(f"{count} {reason}" for reason, count in ends.items())
+        told = ", ".join(f"{count} {reason}" for reason, count in ends.items())
+        if result.goal_reached is False:
+            collides = "every corner collides" if result.collides else "not every corner collides"
+            goal = result.provenance.spec.hull.goal
+            told = f"{collides}, and the spread is short of its goal of {goal:g} ({told})"
+        yield "converged", f"no: {told}"
     yield (
         "spread",
         f"{polytope.spread:.3f} = mean pairwise distance {polytope.mean_pairwise_distance:.3f} / "

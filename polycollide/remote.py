@@ -324,7 +324,8 @@ def _end(jobs: list[Job], *, json: bool, one: bool = False) -> None:
 def _measures(result: dict[str, Any]) -> Iterator[str]:
     """What a table of results shows of one, as far as it is there."""
     if result:
-        yield "yes" if result.get("converged") else "no"
+        short = result.get("collides") and result.get("goal_reached") is False
+        yield "yes" if result.get("converged") else "short of its goal" if short else "no"
         spread = (result.get("polytope") or {}).get("spread")
         yield "" if spread is None else f"{spread:.3f}"
         accuracy = (result.get("interpolation") or {}).get("accuracy")

@@ -203,7 +203,9 @@ def test_the_whole_hull_collides_and_spreads_where_corners_alone_stay_close(mlp)
     wide, alone = job_of(mlp), job_of(mlp, objective="corners")
     finish(mlp.engine(wide.spec), wide, alone)
     group = wide.group
-    assert set(group.reason) == {CONVERGED}
+    # It collides, but its spread is short of the goal of 1: that is no end by convergence.
+    assert set(group.reason) == {MAX_STEPS}
+    assert group.converged.all()
     assert len(set(group.steps)) == 1
     rng = np.random.default_rng(0)
     points = torch.from_numpy(rng.dirichlet(np.ones(5), 500)).float()

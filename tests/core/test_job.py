@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from scipy.spatial.distance import pdist
 from torch.nn import functional
 
-from core import certify, exact, images, interpolate, job
+from core import artifacts, certify, exact, images, interpolate, job
 from core.errors import InvalidSpec, UnknownName, UntappableLayer
 from core.models import ASSETS
 from core.outcome import Outcome, measure, run_alone
@@ -179,6 +179,33 @@ def test_a_threshold_out_of_reach_leaves_the_best_state_and_says_so():
     goal, _ = mlp_by_hand(done.target.pixels[None])
     untouched = ((start - goal)[goal >= 0] ** 2).sum()
     assert all(corner.l_pos < untouched / 10 for corner in outcome.result.corners)
+
+
+@pytest.mark.parametrize(("goal", "reached"), [(0.3, True), (3.0, False)])
+def test_a_hull_says_whether_it_collides_and_whether_it_came_as_far_as_its_goal(goal, reached):
+    hull = {"preset": "hull", "layer": "fc2", "certify": None, "max_steps": 200}
+    done, outcome = run(**hull, hull={"goal": goal}, ball_samples=0, worst_starts=0)
+    result = outcome.result
+    assert result.collides
+    assert result.goal_reached is reached is (result.polytope.spread >= goal)
+    assert result.converged is reached
+    assert {c.reason for c in result.corners} == {"converged" if reached else "max_steps"}
+    assert all(corner.converged for corner in result.corners)
+    pictures = artifacts.pictures(done, outcome)
+    inside = result.interpolation
+    over = np.maximum(
+        outcome.samples.floats.l_pos / done.group.l_pos_threshold,
+        outcome.samples.floats.violation / done.group.violation_threshold,
+    )
+    assert inside.under_thresholds == (over < 1).mean()
+    assert inside.max_over_threshold == over.max()
+    assert inside.max_relative_residual == outcome.samples.floats.residual.max()
+    assert pictures()["figure.png"]
+
+
+def test_without_a_hull_there_is_no_goal(paper):
+    assert paper[1].result.goal_reached is None
+    assert paper[1].result.collides is paper[1].result.converged is True
 
 
 def test_a_job_told_to_stop_is_measured_where_it_is():
@@ -433,7 +460,7 @@ def test_corners_at_a_max_pool_collide_from_there_on(layer, settings):
     without = {"preset": None, "model": "mnist-cnn", "ball_samples": 0, "worst_starts": 0}
     done, outcome = run(**without | {"layer": layer} | settings)
     result = outcome.result
-    assert result.converged
+    assert result.collides
     assert result.cut
     seen = windows_by_hand(layer, outcome.corners)
     goal = windows_by_hand(layer, done.target.pixels[None])
