@@ -183,15 +183,15 @@ def test_a_threshold_out_of_reach_leaves_the_best_state_and_says_so():
 
 @pytest.mark.parametrize(("goal", "reached"), [(0.3, True), (3.0, False)])
 def test_a_hull_says_whether_it_collides_and_whether_it_came_as_far_as_its_goal(goal, reached):
-    hull = {"preset": "hull", "layer": "fc2", "certify": None, "max_steps": 200}
-    done, outcome = run(**hull, hull={"goal": goal}, ball_samples=0, worst_starts=0)
+    hull = {"preset": "hull", "model": "mnist-mlp", "layer": "fc2", "certify": None}
+    settings = hull | {"max_steps": 400, "hull": {"goal": goal, "diversity": 1.0}}
+    done, outcome = run(**settings, ball_samples=0, worst_starts=0)
     result = outcome.result
     assert result.collides
     assert result.goal_reached is reached is (result.polytope.spread >= goal)
     assert result.converged is reached
     assert {c.reason for c in result.corners} == {"converged" if reached else "max_steps"}
     assert all(corner.converged for corner in result.corners)
-    pictures = artifacts.pictures(done, outcome)
     inside = result.interpolation
     over = np.maximum(
         outcome.samples.floats.l_pos / done.group.l_pos_threshold,
@@ -200,7 +200,7 @@ def test_a_hull_says_whether_it_collides_and_whether_it_came_as_far_as_its_goal(
     assert inside.under_thresholds == (over < 1).mean()
     assert inside.max_over_threshold == over.max()
     assert inside.max_relative_residual == outcome.samples.floats.residual.max()
-    assert pictures()["figure.png"]
+    assert artifacts.pictures(done, outcome)()["figure.png"]
 
 
 def test_without_a_hull_there_is_no_goal(paper):
