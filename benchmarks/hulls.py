@@ -117,7 +117,7 @@ def add(made: Table, name: str, result: Result) -> None:
         f"{inside.min_probability:.3f}",
         f"{worst.margin:.2f}",
         f"{worst.margin_8bit:.2f}",
-        f"{max(corner.distance_ratio for corner in result.corners):.2f}",
+        f"{max(corner.distance_ratio or np.inf for corner in result.corners):.2f}",
         f"{result.seconds:.0f} + {result.measuring_seconds:.0f}",
     )
 
@@ -155,7 +155,7 @@ def _judge(results: list[Result]) -> None:
     line("all samples in class, 8-bit too", sum(whole), (">=", count))
     kept = [w.label == w.label_8bit == t for w, t in zip(worst, label, strict=True)]
     line("worst point in class, 8-bit too", sum(kept), (">=", count - 1))
-    ratios = [corner.distance_ratio for r in results for corner in r.corners]
+    ratios = [corner.distance_ratio or np.inf for r in results for corner in r.corners]
     line("to source / to target, at most", max(ratios), ("<=", 0.6))
     console.print(made)
 
@@ -232,7 +232,7 @@ def _add_looks(made: Table, name: str, result: Result, stride: str) -> None:
         f"{worst.margin:.2f}",
         f"{polytope.mean_low_pass_share:.3f}",
         f"{polytope.mean_ssim:.3f}",
-        f"{max(corner.distance_ratio for corner in result.corners):.2f}",
+        f"{max(corner.distance_ratio or np.inf for corner in result.corners):.2f}",
         f"{result.seconds:.0f} + {result.measuring_seconds:.0f}",
     )
 

@@ -223,6 +223,11 @@ def prepare(
     if spec.target_class is not None:
         _check_class(subject.model, spec.target_class, seen_target)
     goal = Target(pre[1], tap.layer.activation)
+    if not math.isfinite(goal.energy):
+        raise InvalidSpec(
+            f"The target's activations at layer {tap.layer.name!r} are so large that their squares "
+            "overflow float32; give another layer, or scale the network's weights down."
+        )
     if not goal.positive.any():
         raise InvalidSpec(
             f"The target activates no unit of layer {tap.layer.name!r} below saturation, so there "

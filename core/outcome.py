@@ -1,8 +1,9 @@
 """What became of a job: its corners and the polytope between them measured; and a job run alone."""
 
+import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from core import certify, distances, edges, exact, images, interpolate
 from core.engine import REASONS, Group
+from core.errors import CoreError
 from core.job import Job, Subject, chosen_mask, prepare
 from core.objective import l_neg, l_pos, residual, violation
 from core.patches.library import Library
@@ -33,6 +35,12 @@ from core.spec import CollisionSpec
 from core.taps import matmul_precision
 
 ROUNDING = 1e-5  # of a spread: the engine adds up in float32, results in float64
+
+
+class NotFinite(CoreError):
+    """A measure is no number: the network's activations overflow float32."""
+
+    code = "not_finite"
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ def measure(subject: Subject, job: Job, on_chunk: Callable[[], None] = lambda: N
 
     Raises:
         InfeasibleBudget, OutOfTime, SolverFailed: as `exact.find_corners` does.
+        NotFinite: the network's activations overflow, so that a measure is no number.
     """
     solved = _solve(subject, job, on_chunk) if job.polytope else None
     began = time.perf_counter()
@@ -126,6 +135,11 @@ def measure(subject: Subject, job: Job, on_chunk: Callable[[], None] = lambda: N
         exact=solved,
         provenance=_provenance(subject, job),
     )
+    if where := next(_not_finite(result.model_dump(), ""), None):
+        raise NotFinite(
+            f"{subject.model.name} gives numbers at {subject.tap.layer.name!r} or behind it that "
+            f"float32 does not hold ({where}); give another layer, or scale its weights down."
+        )
     seconds = {"measuring_seconds": time.perf_counter() - began}
     return Outcome(
         result.model_copy(update=seconds),
@@ -190,6 +204,19 @@ def _solve(subject: Subject, job: Job, on_chunk: Callable[[], None]) -> Exact:
         least_distance_to_target=to_target,
         collision_error=float(errors.max()),
     )
+
+
+def _not_finite(value: object, name: str) -> Iterator[str]:
+    """The names of numbers, anywhere in `value`, that JSON cannot tell."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield name
+    parts: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        parts = value.items()
+    elif isinstance(value, list | tuple):
+        parts = enumerate(value)
+    for part, inside in parts:
+        yield from _not_finite(inside, f"{name}.{part}" if name else str(part))
 
 
 class _Watch:
@@ -288,7 +315,6 @@ def _corner_results(subject: Subject, job: Job) -> list[CornerResult]:
         "probability_8bit": interpolate.probability_of(job.seen_target.label, logits_8bit),
         "distance_to_source": to_source,
         "distance_to_target": to_target,
-        "distance_ratio": to_source / to_target,
     }
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [
@@ -299,6 +325,7 @@ def _corner_results(subject: Subject, job: Job) -> list[CornerResult]:
             converged=bool(group.converged[i]),
             reason=REASONS[group.reason[i]],
             class_=subject.model.classes[int(logits[i].argmax())],
+            distance_ratio=float(to_source[i] / to_target[i]) if to_target[i] else None,
             **dict(zip(columns, row, strict=True)),
         )
         for i, row in enumerate(rows)

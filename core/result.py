@@ -57,8 +57,9 @@ class CornerResult(_Model):
     probability_8bit: float
     distance_to_source: float
     distance_to_target: float
-    distance_ratio: float = Field(
-        description="distance_to_source / distance_to_target: above 1 it resembles the target more."
+    distance_ratio: float | None = Field(
+        description="distance_to_source / distance_to_target: above 1 it resembles the target "
+        "more; null where it is the target."
     )
 
 

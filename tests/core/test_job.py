@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from scipy.spatial.distance import pdist
+from torch import nn
 from torch.nn import functional
 
 from core import artifacts, certify, exact, images, interpolate, job
+from core import outcome as outcome_of
 from core.errors import InvalidSpec, UnknownName, UntappableLayer
-from core.models import ASSETS
-from core.outcome import Outcome, measure, run_alone
+from core.models import ASSETS, Classifier, Model, Normalize
+from core.outcome import NotFinite, Outcome, measure, run_alone
 from core.polytope import NotAffine
 from core.result import Result, claims
 from core.spec import CollisionSpec
@@ -201,6 +203,55 @@ def test_a_hull_says_whether_it_collides_and_whether_it_came_as_far_as_its_goal(
     assert inside.max_over_threshold == over.max()
     assert inside.max_relative_residual == outcome.samples.floats.residual.max()
     assert artifacts.pictures(done, outcome)()["figure.png"]
+
+
+def test_a_corner_that_is_the_target_has_no_ratio_and_its_result_can_be_read_again():
+    settings = {"model": "mnist-cnn", "layer": "conv1", "solver": "exact", "corners": 2}
+    spec, subject = subject_of(preset=None, worst_starts=8, ball_samples=20, **settings)
+    black = images.to_png(np.zeros((1, 28, 28), np.float32))
+    target = images.load("black.png", black, subject.model.preprocessing)
+    _, outcome = run_alone(subject, spec, digit(subject, "3-0"), target)
+    result = outcome.result
+    assert [c.distance_to_target for c in result.corners] == [0, 0]
+    assert [c.distance_ratio for c in result.corners] == [None, None]
+    assert Result.model_validate_json(result.model_dump_json()) == result
+
+
+def overflowing(scale: float) -> Model:
+    """Its first layer gives numbers as large as `scale`."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.ReLU(), nn.Linear(20, 4))
+    network.requires_grad_(False)
+    for parameter in network[1].parameters():
+        parameter.mul_(scale)
+    network[3].weight.div_(scale)
+    return Model(
+        name="overflowing",
+        classifier=Classifier(Normalize("L", mean=(0.0,), std=(1.0,)), network).eval(),
+        preprocessing=images.Preprocessing("L", (28, 28)),
+        classes=tuple("abcd"),
+        weights="random",
+        weights_sha256="0" * 64,
+    )
+
+
+def test_activations_whose_squares_overflow_are_refused_before_the_work():
+    spec = CollisionSpec(model="overflowing", layer="1", max_steps=20)
+    subject = job.Subject.of(overflowing(1e25), spec)
+    with pytest.raises(InvalidSpec, match="squares overflow float32; give another layer"):
+        run_alone(subject, spec, digit(subject, "3-0"), digit(subject, "7-0"))
+
+
+def test_a_measure_that_is_no_number_refuses_the_result_and_names_itself(monkeypatch):
+    spec, subject = subject_of(max_steps=20, ball_samples=0)
+    pair = digit(subject, "3-0"), digit(subject, "7-0")
+
+    def no_number(*_: object) -> torch.Tensor:
+        return torch.full((5,), math.inf)
+
+    monkeypatch.setattr(outcome_of, "violation", no_number)
+    with pytest.raises(NotFinite, match=r"float32 does not hold \(corners\.0\.violation\)"):
+        run_alone(subject, spec, *pair)
 
 
 def test_without_a_hull_there_is_no_goal(paper):
