@@ -13,8 +13,6 @@ from polycollide.answers import Batch, ItemResult, Page
 from polycollide.errors import ApiError, InvalidInput, WaitTimeout
 from polycollide.images import REFERENCES, ImageLike, given, identity, is_reference
 from polycollide.jobs import (
-    LONG_POLL,
-    PAUSE,
     TRANSFERS,
     WATCHED_POLL,
     BatchLike,
@@ -25,7 +23,7 @@ from polycollide.jobs import (
 )
 from polycollide.results import naming
 from polycollide.streams import lines
-from polycollide.transport import path
+from polycollide.transport import LONG_POLL, PAUSE, path
 
 # Seconds in which ten thousand jobs surely are accepted.
 BATCH_SECONDS = 600.0
@@ -94,10 +92,10 @@ class BatchesClient(JobsClient):
 
     async def get_batch(self, batch: BatchLike, *, wait: float = 0.0) -> Batch:
         """The batch as it is now, or as soon as it is done, after `wait` seconds at the latest."""
-        response = await self._transport.ask(
-            "GET", path("batches", id_of(batch)), params={"wait": wait} if wait else {}, wait=wait
-        )
-        return self._transport.read(Batch, response)
+        url = path("batches", id_of(batch))
+        if wait:
+            return await self._transport.wait(Batch, url, wait, lambda batch: batch.done)
+        return self._transport.read(Batch, await self._transport.ask("GET", url))
 
     async def batches(
         self, *, label: str | None = None, limit: int | None = None

@@ -24,7 +24,8 @@ class AsyncClient(BatchesClient):
     `base_url` and `api_key` come from POLYCOLLIDE_URL (else http://127.0.0.1:8000) and
     POLYCOLLIDE_API_KEY. `timeout` bounds the silence of a server in seconds. Requests that meet a
     broken connection, a silent or a busy server are sent again up to `max_retries` times within
-    about half a minute; jobs and batches carry an Idempotency-Key, so that none comes in twice.
+    about half a minute, those that wait for two minutes; jobs and batches carry an Idempotency-Key,
+    so that none comes in twice.
 
     >>> async with AsyncClient() as client:  # doctest: +SKIP
     ...     job = await client.submit("3.png", "sample:mnist/7-0", model="mnist-mlp", layer="fc1")

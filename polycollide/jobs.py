@@ -28,13 +28,10 @@ from polycollide.answers import (
 from polycollide.errors import ApiError, PolycollideError, WaitTimeout
 from polycollide.images import ImageLike
 from polycollide.streams import server_sent
-from polycollide.transport import Transport, path, to_json
+from polycollide.transport import LONG_POLL, PAUSE, Transport, path, to_json
 
-# Seconds that the server may hold back an answer while nothing is final; shorter where someone
-# looks on.
-LONG_POLL, WATCHED_POLL = 30.0, 2.0
-# A server that does not hold answers back is still not asked without a pause.
-PAUSE = 0.1
+# Seconds that the server may hold back an answer while nothing is final, where someone looks on.
+WATCHED_POLL = 2.0
 # Requests at a time: as long polls, and as uploads or downloads.
 POLLS, TRANSFERS = 16, 8
 PAGE = 200  # what the service gives at most
@@ -95,10 +92,10 @@ class JobsClient:
 
     async def job(self, job: JobLike, *, wait: float = 0.0) -> Job:
         """The job as it is now, or as soon as it is done, after `wait` seconds at the latest."""
-        response = await self._transport.ask(
-            "GET", path("jobs", id_of(job)), params={"wait": wait} if wait else {}, wait=wait
-        )
-        return self._transport.read(Job, response)
+        url = path("jobs", id_of(job))
+        if wait:
+            return await self._transport.wait(Job, url, wait, lambda job: job.done)
+        return self._transport.read(Job, await self._transport.ask("GET", url))
 
     @overload
     async def wait(  # type: ignore[overload-overlap]  # of strings, the one string comes first

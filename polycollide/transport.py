@@ -1,8 +1,12 @@
 """One request to the service and its answer: addresses, retries, and errors from problem+json."""
 
+import asyncio
+import hashlib
 import json
 import logging
 import os
+import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
@@ -24,11 +28,21 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 # A proxy of the environment has no way back to this machine.
 LOOPBACK: dict[str, None] = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
 # Breaks that another try may mend. Every request of ours may be sent twice: posts carry a key.
-BROKEN = (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError)
+BROKEN = (
+    *(httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError),
+    httpx.DecodingError,  # a compressed answer that was cut
+)
 BUSY = (429, 502, 503, 504)
 BACKOFF = wait_random_exponential(multiplier=0.5, max=10)
 LONGEST_PAUSE = 60.0  # A server that asks for more, as for a used-up quota, is not waited for.
 FIRST_CONTACT = 3  # A server that never answered is rather absent than restarting.
+# Seconds for which the server may hold back an answer, unless a proxy is less patient; and of
+# silence after which a break is taken for the proxy's doing.
+LONG_POLL, SILENCE = 30.0, 1.0
+# A server that does not hold answers back is still not asked without a pause.
+PAUSE = 0.1
+OUTAGE = 120.0  # What is waited for outlives a server that is away for so long.
+_SHA256 = re.compile(r'(?:W/)?"([0-9a-f]{64})"')
 
 A = TypeVar("A", bound=Answer)
 T = TypeVar("T")
@@ -48,6 +62,8 @@ class Transport:
         self.base_url = url.rstrip("/").removesuffix("/v1")
         self.timeout, self.max_retries = timeout, max_retries
         self._met = False
+        self._heard = 0.0
+        self._hold = LONG_POLL
         try:
             self.http = httpx.AsyncClient(
                 base_url=self.base_url,
@@ -66,9 +82,19 @@ class Transport:
         return httpx.Timeout(self.timeout, read=self.timeout + wait, connect=connect, pool=None)
 
     async def ask(
-        self, method: str, path: str, *, wait: float = 0.0, body: Any = None, **request: Any
+        self,
+        method: str,
+        path: str,
+        *,
+        wait: float = 0.0,
+        held: bool = False,
+        body: Any = None,
+        **request: Any,
     ) -> httpx.Response:
-        """The good answer to a request; raises ApiError or Unreachable. `body` goes as JSON."""
+        """The good answer to a request; raises ApiError or Unreachable. `body` goes as JSON.
+
+        It may take `wait` seconds longer than others: `held`, because the server is asked for that.
+        """
         if body is not None:
             request["content"] = to_json(body)
             request["headers"] = {"Content-Type": "application/json"} | request.get("headers", {})
@@ -78,16 +104,50 @@ class Transport:
                 method, path, timeout=self._patience(wait), **request
             )
             await self._check(response)
+            _check_whole(response)
+            self._heard = time.monotonic()
             return response
 
-        retrying = self._retrying()
+        async def hold() -> httpx.Response:
+            nonlocal wait
+            wait = min(wait, self._hold)
+            request["params"] = request.get("params", {}) | {"wait": wait}
+            began = time.monotonic()
+            try:
+                response = await send()
+            except (ApiError, *BROKEN) as error:
+                silent = time.monotonic() - began
+                if _passes(error) and silent >= SILENCE:
+                    self._met = True  # by somebody who took the request
+                    self._hold = max(SILENCE, silent / 2)
+                raise
+            self._hold = min(LONG_POLL, self._hold * 1.1)  # it may have been a restart
+            return response
+
+        retrying = self._retrying(waiting=held)
         try:
-            return await retrying(send)
+            return await retrying(hold if held else send)
         except ApiError as error:
             error.attempts = retrying.statistics["attempt_number"]
             raise
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise self._unreachable(error) from error
+
+    async def wait(self, model: type[A], path: str, seconds: float, done: Callable[[A], bool]) -> A:
+        """What `path` shows once it is `done`, or after so many seconds.
+
+        The server holds its answer back. Where a proxy on the way ends a silent request sooner,
+        it is asked in shorter parts.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            left = max(0.0, end - time.monotonic())
+            part = min(left, self._hold)
+            answer = self.read(model, await self.ask("GET", path, wait=part, held=True))
+            split = part < left or self._hold < part
+            if done(answer) or not split or time.monotonic() >= end:
+                return answer
+            await asyncio.sleep(PAUSE)
 
     @asynccontextmanager
     async def stream(self, path: str, headers: Mapping[str, str]) -> AsyncIterator[httpx.Response]:
@@ -95,7 +155,13 @@ class Transport:
         silence = self._patience()
         async with self.http.stream("GET", path, headers=headers, timeout=silence) as response:
             await self._check(response)
-            yield response
+            began = time.monotonic()
+            try:
+                yield response
+            except BROKEN:
+                if time.monotonic() - began >= SILENCE:  # silent for too long, for some proxy
+                    self._heard = time.monotonic()
+                raise
 
     async def resumed(self, connect: Callable[[], AsyncGenerator[T]]) -> AsyncGenerator[T]:
         """What `connect` streams. Where that breaks it is connected again, and goes on.
@@ -109,7 +175,9 @@ class Transport:
 
         try:
             while True:
-                first: tuple[AsyncGenerator[T], T | None] = await self._retrying()(begin)
+                first: tuple[AsyncGenerator[T], T | None] = await self._retrying(waiting=True)(
+                    begin
+                )
                 stream, item = first
                 async with aclosing(stream):
                     try:
@@ -119,22 +187,30 @@ class Transport:
                         return
                     except BROKEN:
                         logger.info("%s broke off; connecting again", self.base_url)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise self._unreachable(error) from error
 
-    def _retrying(self) -> AsyncRetrying:
-        """Tries again with growing, random pauses, none shorter than the server asked for."""
+    def _retrying(self, *, waiting: bool = False) -> AsyncRetrying:
+        """Tries again with growing, random pauses, none shorter than the server asked for.
+
+        When `waiting`, until the server has been away for OUTAGE seconds.
+        """
+        began = time.monotonic()
+
+        def enough(state: RetryCallState) -> bool:
+            if not self._met:
+                return state.attempt_number > min(self.max_retries, FIRST_CONTACT)
+            silent = time.monotonic() - max(began, self._heard)
+            goes_on = waiting and self.max_retries > 0 and silent < OUTAGE
+            return not goes_on and state.attempt_number > self.max_retries
+
         return AsyncRetrying(
             retry=retry_if_exception(_passes),
             wait=_pause,
-            stop=self._enough,
+            stop=enough,
             before_sleep=_say,
             reraise=True,
         )
-
-    def _enough(self, state: RetryCallState) -> bool:
-        limit = self.max_retries if self._met else min(self.max_retries, FIRST_CONTACT)
-        return state.attempt_number > limit
 
     async def _check(self, response: httpx.Response) -> None:
         """Raises ApiError unless the answer is a good one."""
@@ -169,7 +245,7 @@ class Transport:
         answered = f"{response.status_code} {response.reason_phrase}".strip()
         return f"{self.base_url} answered {answered}, not as polycollide does; check {URL}."
 
-    def _unreachable(self, error: httpx.TransportError) -> PolycollideError:
+    def _unreachable(self, error: httpx.RequestError) -> PolycollideError:
         """The same as a sentence."""
         why = str(error) or type(error).__name__
         return Unreachable(
@@ -186,6 +262,19 @@ def path(*parts: str) -> str:
 def to_json(value: Any) -> bytes:
     """Strict JSON; numpy's numbers and arrays are taken for what they hold."""
     return json.dumps(value, allow_nan=False, default=_plain).encode()
+
+
+def _check_whole(response: httpx.Response) -> None:
+    """Raises RemoteProtocolError where less came than was sent, which HTTP does not always tell."""
+    content, tag = response.content, _SHA256.fullmatch(response.headers.get("ETag", ""))
+    whole = tag is None or hashlib.sha256(content).hexdigest() == tag[1]
+    if response.headers.get("Content-Type", "").startswith("application/json"):
+        try:
+            from_json(content)
+        except ValueError:
+            whole = False
+    if not whole:
+        raise httpx.RemoteProtocolError("the answer broke off", request=response.request)
 
 
 def _plain(value: Any) -> Any:
