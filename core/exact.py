@@ -12,6 +12,8 @@ flattened, [d] in float64, and in [0, 1].
 """
 
 import math
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -359,13 +361,24 @@ def _linear_program(
     program.a_matrix_.start_ = matrix.indptr
     program.a_matrix_.index_ = matrix.indices
     program.a_matrix_.value_ = matrix.data
-    solver = highspy.Highs()  # type: ignore[no-untyped-call]
-    solver.silent()
+    solver = _new_solver()
     for name, value in _SETTINGS.items():
         solver.setOptionValue(name, value)
     solver.passModel(program)
-    solver.cbSimplexInterrupt += lambda event: clock.check()  # what it raises ends the run
+    reasons: list[CoreError] = []
+
+    def look(event: highspy.HighsCallbackEvent) -> None:
+        # Raised in here, the reason would come back as an error of the solver's.
+        try:
+            clock.check()
+        except CoreError as reason:
+            reasons.append(reason)
+            event.interrupt()
+
+    solver.cbSimplexInterrupt += look
     solver.run()
+    if reasons:
+        raise reasons[0]
     status = solver.getModelStatus()
     if status == highspy.HighsModelStatus.kInfeasible:
         raise _Infeasible()
@@ -373,6 +386,33 @@ def _linear_program(
         raise SolverFailed(f"The linear program ended as {solver.modelStatusToString(status)!r}.")
     solution = solver.getSolution()
     return np.clip(solution.col_value, lower, upper), np.asarray(solution.row_dual)
+
+
+_banner_to_come, _banner_lock = True, threading.Lock()
+
+
+def _new_solver() -> highspy.Highs:
+    """A solver that prints nothing.
+
+    The first of a process prints a banner before it can be told to be silent, which would stand
+    before what a command prints as JSON: descriptor 1 leads nowhere meanwhile.
+    """
+    global _banner_to_come
+    with _banner_lock:
+        if _banner_to_come:
+            with suppress(OSError):  # there is no standard output
+                stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, 1)
+                try:
+                    highspy.Highs()  # type: ignore[no-untyped-call]
+                finally:
+                    os.dup2(stdout, 1)
+                    os.close(stdout)
+                    os.close(nowhere)
+            _banner_to_come = False
+    solver = highspy.Highs()  # type: ignore[no-untyped-call]
+    solver.silent()
+    return solver
 
 
 class _NearestProgram:

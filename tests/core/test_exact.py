@@ -3,6 +3,9 @@
 import itertools
 import math
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +45,7 @@ from core.polytope import (
 from core.taps import Tap, open_tap
 
 Floats = NDArray[np.float64]
+ROOT = Path(__file__).parents[2]
 
 CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-8}
 
@@ -503,3 +507,17 @@ def test_conflicts_and_errors_have_codes() -> None:
     error = InfeasibleBudget(0.1, 0.25, [Conflict("unit", (7,), 1.0)])
     assert error.code == "infeasible_budget"
     assert (NotAffine.code, TooLarge.code, OutOfTime.code) == ("not_affine", "too_large", "timeout")
+
+
+def test_the_solver_prints_nothing() -> None:
+    code = (
+        "import numpy as np; from scipy import sparse; from core import exact; "
+        "ones = np.ones(1); "
+        "found, _ = exact._linear_program(cost=ones, matrix=sparse.csr_array(ones[None]), "
+        "limit=ones, equal=ones > 0, lower=0 * ones, upper=ones, clock=exact.ENDLESS); "
+        "print(found[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert (done.stdout, done.stderr) == ("1.0\n", "")
