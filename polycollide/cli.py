@@ -247,7 +247,8 @@ OPERATING = "Run the service"
 keys = typer.Typer(
     no_args_is_help=True,
     help="Create, list and revoke API keys of a service whose database POLYCOLLIDE_DATABASE_URL "
-    "names. What `polycollide up` runs needs none: it is open to this machine alone.",
+    "names. What `polycollide up` runs without --keys needs none: it is open to every user of its "
+    "machine.",
 )
 app.add_typer(keys, name="keys", rich_help_panel=OPERATING)
 
@@ -258,11 +259,17 @@ def up(
         Path | None, typer.Option(metavar="DIR", help="Where everything is kept.")
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the API.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Where the API listens; 0.0.0.0 opens it to the network.")
+    ] = "127.0.0.1",
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Answer requests with an API key only.")
+    ] = False,
 ) -> None:
     """Run everything on this machine, servers included, until Ctrl-C."""
     from polycollide import server
 
-    server.up(data, port)
+    server.up(data, port, host, keyed=keys)
 
 
 @app.command(rich_help_panel=OPERATING)

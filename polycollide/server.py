@@ -1,6 +1,7 @@
 """The commands that run the service itself: on one machine with `up`, or each part by itself."""
 
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -21,7 +22,7 @@ from pydantic_core import ErrorDetails
 from sqlalchemy import Connection
 from sqlalchemy.exc import ArgumentError, ProgrammingError, SQLAlchemyError
 
-from polycollide import stack
+from polycollide import binaries, stack
 from polycollide.listing import aside, console, fail, listing
 from polycollide.process import Process, StackError, start_process, stop_together
 from store import keys
@@ -35,7 +36,7 @@ WORKER_GRACE = 60.0
 # After a kill -9 of ours nobody waits for that, and `up`'s Postgres ends too: leases recover it.
 ORPHAN_GRACE = 5.0
 READY_WITHIN = 60.0
-UP = "(What `polycollide up` runs needs no keys: it is open to this machine alone.)"
+UP = "(What `polycollide up` runs needs no keys, unless it was started with --keys.)"
 # `timeout` and some shells signal a process and then its group: that is one wish, not two.
 ONE_WISH = 0.5
 
@@ -50,17 +51,22 @@ class Part(NamedTuple):
     lasts: bool = True  # else it ends by itself when it has done its work
 
 
-def up(data: Path | None, port: int) -> None:
+def up(data: Path | None, port: int, host: str, *, keyed: bool) -> None:
     """Everything on this machine, until Ctrl-C: servers, API, reconciler and worker."""
     with in_one_sentence(), ExitStack() as started:
         ended = first_signal()
-        _need_port(port)
+        if not (keyed or Settings(mode="local", host=host).keyless):
+            raise StackError(
+                f"On {host} everybody who reaches this machine could use it: add --keys, or leave "
+                "--host out."
+            )
+        _need_port(host, port)
         data = (data or stack.default_data()).absolute()
         with aside.status("Starting Postgres and Redis ...") as status:
             urls = started.enter_context(stack.servers(data))
             os.environ |= {
-                "POLYCOLLIDE_MODE": "local",
-                "POLYCOLLIDE_HOST": "127.0.0.1",
+                "POLYCOLLIDE_MODE": "server" if keyed else "local",
+                "POLYCOLLIDE_HOST": host,
                 "POLYCOLLIDE_PORT": str(port),
                 "POLYCOLLIDE_DATABASE_URL": urls.database,
                 "POLYCOLLIDE_REDIS_URL": urls.redis,
@@ -75,10 +81,12 @@ def up(data: Path | None, port: int) -> None:
             ours = started.enter_context(running(parts, log=data / "polycollide.log"))
             processes = [*urls.processes, *ours]
             status.update("Starting the API and a worker ...")
-            ready = _wait_for_worker(port, processes, ended)
+            ready = _wait_for_worker(_url(_reached(host), port), processes, ended)
         if ended:
             return
-        console.print(f"polycollide is up: http://127.0.0.1:{port}/docs", soft_wrap=True)
+        shown = host if _reached(host) == host else socket.gethostname()
+        console.print(f"polycollide is up: {_url(shown, port)}/docs", soft_wrap=True)
+        console.print(_who_may(data if keyed else None), soft_wrap=True)
         console.print(f"Ctrl-C ends it; jobs go on next time. Data and log: {data}", soft_wrap=True)
         if not ready:
             remark = f"No worker is ready yet; jobs wait for it. See {data / 'polycollide.log'}."
@@ -231,11 +239,35 @@ def _all_alive(processes: Sequence[Process]) -> None:
             raise StackError(f"The {process.name} ended by itself with status {status}{see}.")
 
 
-def _need_port(port: int) -> None:
-    with socket.socket() as probe:
+def _reached(host: str) -> str:
+    """Where this machine itself reaches what listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _who_may(keyed: Path | None) -> str:
+    """Who can use what is up; with keys, it is told how to make one for the data there."""
+    if keyed is None:
+        return "It asks for no key: every user of this machine can use it (--keys asks for one)."
+    names = [f"POLYCOLLIDE_{name}" for name in ("MODE", "DATABASE_URL")]
+    given = "".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in names)
+    file = keyed / "environment"  # with a password
+    binaries.write(file, given)
+    return (
+        f"It asks for keys: `. {file}; polycollide keys create NAME` makes one. They travel as "
+        "they are: before a network that is not your own put a proxy that speaks TLS."
+    )
+
+
+def _need_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the API will
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError as error:
             raise StackError(
                 f"Port {port} cannot be used ({error.strerror}): end what listens there, perhaps "
@@ -243,12 +275,12 @@ def _need_port(port: int) -> None:
             ) from None
 
 
-def _wait_for_worker(port: int, processes: Sequence[Process], ended: Sequence[int]) -> bool:
+def _wait_for_worker(url: str, processes: Sequence[Process], ended: Sequence[int]) -> bool:
     """Waits until a worker has entered itself; whether one did in time."""
     ready, checks = False, {"workers": 0}
     deadline = time.monotonic() + READY_WITHIN
     # No proxy of the environment's stands between us and ourselves.
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=5) as client:
+    with httpx.Client(base_url=url, trust_env=False, timeout=5) as client:
         while time.monotonic() < deadline and not ended:
             _all_alive(processes)
             try:
@@ -260,7 +292,7 @@ def _wait_for_worker(port: int, processes: Sequence[Process], ended: Sequence[in
                 return True
             time.sleep(0.1)
     if not ready and not ended:
-        raise StackError(f"The API does not answer on port {port}; see {processes[-1].log}.")
+        raise StackError(f"The API does not answer at {url}; see {processes[-1].log}.")
     return False
 
 

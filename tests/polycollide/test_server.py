@@ -72,15 +72,15 @@ def sentence(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @contextmanager
-def up(data: Path, port: int) -> Iterator[subprocess.Popen[str]]:
+def up(data: Path, port: int, *more: str) -> Iterator[subprocess.Popen[str]]:
     """`polycollide up`, once it says so."""
-    command = [POLYCOLLIDE, "up", "--data", data, "--port", str(port)]
+    command = [POLYCOLLIDE, "up", "--data", data, "--port", str(port), *more]
     with subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             said = process.stdout.readline()
-            assert f"http://127.0.0.1:{port}/docs" in said, process.stderr.read()
+            assert f":{port}/docs" in said, process.stderr.read()
             yield process
         except BaseException:
             print((data / "polycollide.log").read_text()[-5000:])
@@ -114,6 +114,7 @@ def port() -> int:
 def test_up_loses_no_job_to_kill_9_and_leaves_nothing_behind(new_data_directory, port, gone):
     data = new_data_directory()
     with up(data, port) as process, Client(f"http://127.0.0.1:{port}") as client:
+        assert "every user of this machine can use it" in process.stdout.readline()
         # It is up once a worker is, so this one need not wait for a later doorbell.
         assert httpx.get(f"http://127.0.0.1:{port}/readyz").json()["checks"]["workers"] == 1
         first = client.submit(*PAIR, preset="paper-mnist", figures=False)
@@ -139,6 +140,32 @@ def test_up_loses_no_job_to_kill_9_and_leaves_nothing_behind(new_data_directory,
         assert process.wait(60) == 0
         assert gone(started, within=5)
         assert process.stderr.read() == ""
+
+
+def test_up_for_a_lab_opens_to_the_network_with_keys_only(new_data_directory, port, gone):
+    data = new_data_directory()
+    refused = sentence(polycollide("up", "--data", str(data), "--host", "0.0.0.0"))
+    assert "add --keys" in refused and not data.exists()
+    with up(data, port, "--host", "0.0.0.0", "--keys") as process:
+        url = f"http://127.0.0.1:{port}/v1/jobs"
+        assert httpx.get(url).status_code == 401
+        asks = process.stdout.readline()
+        assert "It asks for keys" in asks and "TLS" in asks
+        file = data / "environment"
+        assert (
+            f"`. {file}; polycollide keys create NAME`" in asks
+            and file.stat().st_mode & 0o777 == 0o600
+        )
+        make = f". {file}; {POLYCOLLIDE} keys create ada"
+        made = subprocess.run(
+            ["sh", "-c", make], env=environment(), capture_output=True, text=True, timeout=60
+        )
+        key = {"Authorization": f"Bearer {made.stdout.strip()}"}
+        assert httpx.get(url, headers=key).status_code == 200, made.stderr
+        started = family(process)
+        process.kill()
+        process.wait()
+        assert gone(started, within=20)
 
 
 def test_up_says_that_a_port_is_taken_before_it_starts_anything(new_data_directory):
