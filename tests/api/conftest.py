@@ -248,6 +248,8 @@ def made_up_result(claimed: Claimed) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "converged": True,
+        "collides": True,
+        "goal_reached": None,
         "steps": 120,
         "seconds": 1.5,
         "measuring_seconds": 0.2,
