@@ -13,6 +13,7 @@ from api.deps import Services
 from api.doorbell import Doorbell
 from api.hub import Hub
 from api.middleware import Envelope
+from api.quota import Quota
 from api.turns import TooManyRequests, Turns
 from store.database import connect_async
 from store.settings import Settings
@@ -41,6 +42,7 @@ def create(settings: Settings | None = None) -> FastAPI:
             reading=reading,
             hub=hub,
             doorbell=doorbell,
+            quota=Quota(settings.max_key_bytes),
             # Of the reading pool's 20 some are left to those who ask who may ask, and who listen.
             database=Turns(16, each=8, waiting=_LINE, patience=20),
             bodies=Turns(64, each=16, waiting=_LINE, patience=60),

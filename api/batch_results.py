@@ -24,16 +24,16 @@ Connect = Callable[[], AbstractAsyncContextManager[AsyncConnection]]
 
 async def jsonl(connect: Connect, batch_id: UUID) -> AsyncIterator[str]:
     """A JSON object a line; no connection is held while the client reads."""
-    after, limit = -1, 1
+    after = -1
     while True:
         async with connect() as connection:
-            found = await batches.results(connection, batch_id, after=after, limit=limit)
+            found = await batches.results(
+                connection, batch_id, after=after, limit=_MAX_PAGE, most=_PAGE_BYTES
+            )
         if not found:
             return
         after = found[-1][0]
-        page = await asyncio.to_thread(_lines, [line for _, line in found])
-        limit = min(limit * 2, _MAX_PAGE) if len(page) < _PAGE_BYTES else max(limit // 2, 1)
-        yield page
+        yield await asyncio.to_thread(_lines, [line for _, line in found])
 
 
 def _lines(found: list[str]) -> str:

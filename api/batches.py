@@ -18,15 +18,18 @@ from api.batch_schemas import EXAMPLES, Batch, Batches, BatchRequest, GridBatch,
 from api.bodies import Sent
 from api.deps import Decoder, KeyId, Parts, Reading, Services, Writing
 from api.errors import (
+    BatchNotCompleted,
     FieldError,
     IdempotencyKeyReused,
     Invalid,
     NotFound,
+    QuotaExceeded,
     TooManyQueuedJobs,
     UnsupportedMediaType,
     responses,
 )
 from api.intake import Intake, NoItemAccepted, TooManyItems
+from api.items import TooManySpecs
 from api.jobs import IdempotencyKey, WithLabel
 from api.openapi import body, ref
 from api.schemas import Cursor
@@ -91,8 +94,10 @@ def _parse(content: bytes) -> ItemsBatch | GridBatch:
         *bodies.RAISES,
         IdempotencyKeyReused,
         NoItemAccepted,
+        QuotaExceeded,
         TooManyItems,
         TooManyQueuedJobs,
+        TooManySpecs,
         UnknownBatchType,
     ),
     openapi_extra=body(
@@ -119,7 +124,11 @@ async def submit(
     )
     if known_id is None:
         await intake.write(
-            connection, key_id=key_id, batch_id=batch_id, request_id=request.state.request_id
+            connection,
+            key_id=key_id,
+            batch_id=batch_id,
+            request_id=request.state.request_id,
+            quota=parts.quota,
         )
         workers = await overview.workers(connection)
         background.add_task(parts.doorbell.ring, max(1, workers))  # after the commit
@@ -193,6 +202,20 @@ async def cancel(batch_id: BatchId, key_id: KeyId, connection: Writing) -> Any:
     if not await batches.cancel(connection, key_id=key_id, batch_id=batch_id):
         raise UnknownBatch
     return await _shown(connection, key_id, batch_id)
+
+
+@router.delete("/{batch_id}", status_code=204, responses=responses(UnknownBatch, BatchNotCompleted))
+async def delete(batch_id: BatchId, key_id: KeyId, connection: Writing, parts: Parts) -> None:
+    """Deletes a batch that has ended: its jobs, their files, and the images that came with them.
+
+    What other jobs use as well stays theirs.
+    """
+    keep = parts.settings.keep_unreferenced_blobs
+    gone = await batches.delete(connection, key_id=key_id, batch_id=batch_id, keep=keep)
+    if gone is None:
+        raise UnknownBatch
+    if not gone:
+        raise BatchNotCompleted
 
 
 @router.get(

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from api.doorbell import Doorbell
 from api.errors import ForeignPage, Unauthorized
 from api.hub import Hub
+from api.quota import Quota
 from api.turns import Turn, Turns
 from store import keys
 from store.settings import Settings
@@ -27,6 +28,7 @@ class Services:
     reading: AsyncEngine  # each statement by itself
     hub: Hub
     doorbell: Doorbell
+    quota: Quota
     # Of which each key has a share:
     database: Turns  # connections
     bodies: Turns  # requests with a body

@@ -111,6 +111,24 @@ class JobNotFinal(ApiError):
     status, code, title = 409, "job_not_final", "The job has not ended"
 
 
+class ImageInUse(ApiError):
+    """Jobs of yours use this image; delete them first."""
+
+    status, code, title = 409, "image_in_use", "The image is in use"
+
+
+class BatchNotCompleted(ApiError):
+    """Jobs of the batch have not ended; cancel it first, and wait until they have."""
+
+    status, code, title = 409, "batch_not_completed", "The batch has not ended"
+
+
+class QuotaExceeded(ApiError):
+    """Your key would keep more bytes than it may; delete jobs, batches or images first."""
+
+    status, code, title = 403, "quota_exceeded", "Quota exceeded"
+
+
 class MalformedBody(ApiError):
     """The body is not what its content type says."""
 

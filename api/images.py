@@ -7,11 +7,13 @@ from starlette.datastructures import UploadFile
 
 from api import bodies, pictures
 from api.bodies import Sent
-from api.deps import Decoder, KeyId, Reading, Writing
+from api.deps import Decoder, KeyId, Parts, Reading, Writing
 from api.errors import (
+    ImageInUse,
     Invalid,
     MalformedBody,
     NoSuchImage,
+    QuotaExceeded,
     UnsupportedMediaType,
     responses,
 )
@@ -50,7 +52,7 @@ async def _read(request: Sent, decoding: Decoder) -> Picture:
     "",
     status_code=201,
     response_model=Image,
-    responses=responses(*bodies.RAISES, MalformedBody, UnsupportedMediaType)
+    responses=responses(*bodies.RAISES, MalformedBody, QuotaExceeded, UnsupportedMediaType)
     | {200: {"model": Image, "description": "It was there."}},
     openapi_extra=body({"multipart/form-data": _FORM}),
 )
@@ -58,10 +60,12 @@ async def put(
     key_id: KeyId,
     picture: Annotated[Picture, Depends(_read, scope="function")],
     connection: Writing,
+    parts: Parts,
     response: Response,
 ) -> Any:
-    """Sends an image."""
-    if not await images.put(connection, key_id, [picture]):
+    """Sends an image. It stays until it is deleted, or until no job has used it for long."""
+    await parts.quota.take(connection, key_id, len(picture.content))
+    if not await images.put(connection, key_id, [picture], inline=False):
         response.status_code = 200
     image = await images.get(connection, key_id, picture.sha256)
     assert image is not None
@@ -82,3 +86,19 @@ async def get(
     name, media_type, content = found
     known = unchanged(sha256, if_none_match)
     return answer(File(sha256, media_type), None if known else content, name=name)
+
+
+@router.delete("/{sha256}", status_code=204, responses=responses(NoSuchImage, ImageInUse))
+async def delete(
+    sha256: Annotated[str, Path(pattern="^[0-9a-f]{64}$")],
+    key_id: KeyId,
+    connection: Writing,
+    parts: Parts,
+) -> None:
+    """Deletes an image that no job of yours uses."""
+    keep = parts.settings.keep_unreferenced_blobs
+    gone = await images.delete(connection, key_id, sha256, keep)
+    if gone is None:
+        raise NoSuchImage
+    if not gone:
+        raise ImageInUse

@@ -22,6 +22,7 @@ from api.batch_schemas import BatchItem, GridBatch, ItemsBatch
 from api.errors import ApiError, FieldError, SameImage, TooManyQueuedJobs
 from api.items import CHUNK, CHUNK_BYTES, Items, Refused, lines, refused
 from api.pictures import INLINE, Known
+from api.quota import Quota
 from api.submission import stored
 from api.turns import Turn
 from core.errors import CoreError
@@ -72,7 +73,7 @@ class Intake:
         self._labels: Sequence[str] = ()
         self._priority = 0
         self._count = 0
-        self._items = Items()
+        self._items = Items(settings.max_batch_spec_bytes)
         self._images: dict[tuple[Role, str], Picture | Known | CoreError] = {}
         self._drafts: list[_Draft] = []
         self._refused: list[Refused] = []
@@ -165,18 +166,28 @@ class Intake:
         return known
 
     async def write(
-        self, connection: AsyncConnection, *, key_id: UUID, batch_id: UUID, request_id: str | None
+        self,
+        connection: AsyncConnection,
+        *,
+        key_id: UUID,
+        batch_id: UUID,
+        request_id: str | None,
+        quota: Quota,
     ) -> None:
         """Writes the batch, its images and its jobs.
 
-        Raises NoItemAccepted or TooManyQueuedJobs.
+        Raises NoItemAccepted, QuotaExceeded or TooManyQueuedJobs.
         """
         given = [image for draft in self._drafts for image in (draft.source, draft.target)]
         hashes = {image.sha256 for image in given if isinstance(image, Known)}
         names = await images.names(connection, key_id, hashes)
         specs = list({id(draft.spec): draft.spec for draft in self._drafts}.values())
-        limits = {"max_parameters": self._settings.max_parameters}
-        known = await catalog.read(connection, specs, **limits)
+        known = await catalog.read(
+            connection,
+            specs,
+            max_parameters=self._settings.max_parameters,
+            max_result_bytes=self._settings.max_result_bytes,
+        )
         items, used = await asyncio.to_thread(self._accept, names, known)
         self._refused.sort(key=lambda refused: refused.index)
         if not items:
@@ -185,8 +196,10 @@ class Intake:
         limit = self._settings.max_queued_jobs
         if not await jobs.has_room(connection, key_id=key_id, jobs=len(items), limit=limit):
             raise TooManyQueuedJobs
+        more = sum(len(image.content) for image in used) + sum(item.file_bytes for item in items)
+        await quota.take(connection, key_id, more + self._items.spec_bytes)
         for some in _bounded(used):
-            await images.put(connection, key_id, some)
+            await images.put(connection, key_id, some, inline=True)
         await batches.create(
             connection,
             batch_id=batch_id,
@@ -202,14 +215,16 @@ class Intake:
     ) -> tuple[list[Item], list[Picture]]:
         """Items that can be written, and the pictures they need, in order of their hashes."""
         refusals: dict[int, CoreError | None] = {}
+        sizes: dict[int, int] = {}
         items, used = [], {}
         for draft in self._drafts:
             if id(draft.spec) not in refusals:
                 refusals[id(draft.spec)] = _refusal(known, draft.spec)
+                sizes[id(draft.spec)] = known.file_bytes(draft.spec)
             try:
                 if (refusal := refusals[id(draft.spec)]) is not None:
                     raise refusal.with_traceback(None)
-                items.append(self._item(draft, names))
+                items.append(self._item(draft, names, sizes[id(draft.spec)]))
             except (ApiError, CoreError) as error:
                 self._refused.append(refused(draft.index, draft.custom_id, error))
                 continue
@@ -218,7 +233,7 @@ class Intake:
                     used[image.sha256] = image
         return items, [used[sha256] for sha256 in sorted(used)]
 
-    def _item(self, draft: _Draft, names: dict[str, str]) -> Item:
+    def _item(self, draft: _Draft, names: dict[str, str], file_bytes: int) -> Item:
         """Raises UnknownImage."""
         grace = self._settings.deadline_grace.total_seconds()
         return Item(
@@ -230,6 +245,7 @@ class Intake:
             priority=draft.priority,
             labels=draft.labels,
             deadline_seconds=draft.deadline_seconds or draft.spec.max_seconds + grace,
+            file_bytes=file_bytes,
         )
 
 

@@ -34,6 +34,12 @@ class Refused:
     message: str
 
 
+class TooManySpecs(ApiError):
+    """The different specs of the batch are too long together; send several batches."""
+
+    status, code, title = 422, "too_many_specs", "Specs too long"
+
+
 class _Unusable(Exception):
     """An item, or its spec, is not what it has to be."""
 
@@ -48,9 +54,11 @@ class Items:
     Specs that repeat are checked once, and items share them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_spec_bytes: int) -> None:
+        self._max_spec_bytes = max_spec_bytes
         self._custom_ids: set[str] = set()
         self._specs: dict[str, CollisionSpec | _Unusable] = {}
+        self.spec_bytes = 0  # of the different specs, together
         self._sha256 = hashlib.sha256()
 
     @property
@@ -92,6 +100,13 @@ class Items:
     def _spec(self, given: dict[str, Any]) -> CollisionSpec:
         text = json.dumps(UNILLUSTRATED | given, sort_keys=True)
         if text not in self._specs:
+            # A grid of a few lines could ask for gigabytes of them.
+            self.spec_bytes += len(text)
+            if self.spec_bytes > self._max_spec_bytes:
+                raise TooManySpecs(
+                    f"The different specs of a batch have {self._max_spec_bytes:,} bytes together "
+                    "at most; send several batches, or list fewer units."
+                )
             try:
                 # As JSON, which is how strict a single job's is, too.
                 self._specs[text] = CollisionSpec.model_validate_json(text, strict=True)

@@ -10,6 +10,7 @@ from api.deps import KeyId, Parts, Reading, Writing
 from api.errors import (
     IdempotencyKeyReused,
     JobNotFinal,
+    QuotaExceeded,
     TooManyQueuedJobs,
     UnknownJob,
     responses,
@@ -48,7 +49,7 @@ WithLabel = Annotated[
     "",
     status_code=202,
     response_model=Job,
-    responses=responses(IdempotencyKeyReused, TooManyQueuedJobs, *submission.RAISES),
+    responses=responses(IdempotencyKeyReused, QuotaExceeded, TooManyQueuedJobs, *submission.RAISES),
     openapi_extra=body(
         {
             "application/json": JobRequest,
@@ -81,6 +82,7 @@ async def submit(
         asked,
         key_id=key_id,
         settings=parts.settings,
+        quota=parts.quota,
         idempotency_key=idempotency_key,
         request_id=request.state.request_id,
     )
@@ -106,19 +108,22 @@ async def page(
     cursor: Annotated[Cursor | None, Query(description="`next_cursor` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> Any:
-    """Lists jobs, the newest first, without their results."""
-    found = await jobs.page(
+    """Lists jobs, the newest first, without their results.
+
+    A page may have fewer than `limit` where their specs are long: there are more while there is a
+    `next_cursor`.
+    """
+    found, more = await jobs.page(
         connection,
         key_id=key_id,
-        limit=limit + 1,
+        limit=limit,
         before=None if cursor is None else int(cursor),
         status=status,
         batch_id=batch,
         label=label,
     )
-    shown_jobs = [shown(job) for job in found[:limit]]
-    more = str(found[limit - 1].seq) if len(found) > limit else None
-    return {"jobs": shown_jobs, "next_cursor": more}
+    shown_jobs = [shown(job) for job in found]
+    return {"jobs": shown_jobs, "next_cursor": str(found[-1].seq) if more else None}
 
 
 @router.get("/{job_id}", response_model=Job, responses=responses(UnknownJob))
@@ -169,9 +174,13 @@ async def cancel(job_id: JobId, key_id: KeyId, connection: Writing, response: Re
 
 
 @router.delete("/{job_id}", status_code=204, responses=responses(UnknownJob, JobNotFinal))
-async def delete(job_id: JobId, key_id: KeyId, connection: Writing) -> None:
-    """Deletes a job that has ended, with all its files."""
-    if await jobs.delete(connection, key_id=key_id, job_id=job_id):
+async def delete(job_id: JobId, key_id: KeyId, connection: Writing, parts: Parts) -> None:
+    """Deletes a job that has ended, with all its files and the images that came with it.
+
+    What other jobs use as well stays theirs.
+    """
+    keep = parts.settings.keep_unreferenced_blobs
+    if await jobs.delete(connection, key_id=key_id, job_id=job_id, keep=keep):
         return
     if await jobs.standing(connection, key_id=key_id, job_id=job_id) is None:
         raise UnknownJob

@@ -29,6 +29,7 @@ from api.errors import (
     UnsupportedMediaType,
 )
 from api.pictures import Known
+from api.quota import Quota
 from api.schemas import JobPart, JobRequest
 from api.turns import Turn
 from store import catalog, idempotency, images, jobs
@@ -89,6 +90,7 @@ async def submit(
     *,
     key_id: UUID,
     settings: Settings,
+    quota: Quota,
     idempotency_key: str | None,
     request_id: str | None,
 ) -> tuple[UUID, bool]:
@@ -99,11 +101,19 @@ async def submit(
     )
     if known_id is not None:
         return known_id, False
-    limits = {"max_parameters": settings.max_parameters}
-    (await catalog.read(connection, [asked.spec], **limits)).check(asked.spec)
+    known = await catalog.read(
+        connection,
+        [asked.spec],
+        max_parameters=settings.max_parameters,
+        max_result_bytes=settings.max_result_bytes,
+    )
+    known.check(asked.spec)
     limit = settings.max_queued_jobs
     if not await jobs.has_room(connection, key_id=key_id, jobs=1, limit=limit):
         raise TooManyQueuedJobs
+    pictures = [i for i in (submission.source, submission.target) if isinstance(i, Picture)]
+    more = sum(len(picture.content) for picture in pictures) + known.file_bytes(asked.spec)
+    await quota.take(connection, key_id, more + len(asked.spec.model_dump_json()))
     source, target = await _store(connection, key_id, submission)
     grace = settings.deadline_grace.total_seconds()
     await jobs.submit(
@@ -117,6 +127,7 @@ async def submit(
             priority=asked.priority,
             labels=asked.labels,
             deadline_seconds=asked.deadline_seconds or asked.spec.max_seconds + grace,
+            file_bytes=known.file_bytes(asked.spec),
             request_id=request_id,
         ),
     )
@@ -189,7 +200,8 @@ async def _store(
     connection: AsyncConnection, key_id: UUID, submission: Submission
 ) -> tuple[Stored, Stored]:
     both = (submission.source, submission.target)
-    await images.put(connection, key_id, [image for image in both if isinstance(image, Picture)])
+    pictures = [image for image in both if isinstance(image, Picture)]
+    await images.put(connection, key_id, pictures, inline=True)
     hashes = [image.sha256 for image in both if isinstance(image, Known)]
     names = await images.names(connection, key_id, hashes)
     return stored(submission.source, names), stored(submission.target, names)

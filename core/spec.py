@@ -1,6 +1,8 @@
 """What a job asks for: settings, their bounds, and presets. Torch-free; every room reads it."""
 
 import hashlib
+import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -13,12 +15,17 @@ from pydantic import (
     model_validator,
 )
 
-from core.errors import UnknownName
+from core.errors import InvalidSpec, UnknownName
 
 # Of this form of settings: to be raised with every change that who knows the form before cannot
 # read (a field, a value, a wider bound). Workers leave jobs of a newer form to newer workers.
 SCHEMA_VERSION = 1
 MAX_CORNERS = 256
+# Units that a job may name in all: eight sets of all 4096 of VGG-16's FC-6. A spec then has under
+# 400 KB, however it names them.
+MAX_UNITS = 2**15
+# Of the pictures of a result, in bytes: frames and text, and images enlarged, as many as are shown.
+SHEETS, ENLARGED, SHOWN = 2**20, 8, 34
 Unit = Annotated[int, Field(ge=0, lt=2**31)]
 UnitSet = Annotated[list[Unit], Field(min_length=1, max_length=4096)]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.()#:+-]+$")]
@@ -275,6 +282,12 @@ class CollisionSpec(Strict):
                 f"units lists {len(self.units)} entries for {self.corners} corners; "
                 "give one entry for each corner."
             )
+        if isinstance(self.units, list):
+            named = sum(1 if isinstance(each, int) else len(each) for each in self.units)
+            if named > MAX_UNITS:
+                raise ValueError(
+                    f"units names {named:,} units in all, over {MAX_UNITS:,}; name fewer."
+                )
         if self.objective == "hull" and self.corners < 2:
             raise ValueError("A hull has two corners or more; give corners, or another objective.")
         if self.solver == "gradient" and self.source_budget is not None:
@@ -299,6 +312,30 @@ class CollisionSpec(Strict):
     def rows(self) -> int:
         """Images that the job has in each pass."""
         return self.corners + (self.hull.points if self.objective == "hull" else 0)
+
+    def file_bytes(self, image: Sequence[int]) -> int:
+        """Bytes that the files of a result come to at most, for an `image` [C, H, W].
+
+        What `core.artifacts` encodes, where it is stored and not deflated, and the pictures on
+        the way: snapshots are thinned as they become too many, so that some are shown and dropped.
+        """
+        values = math.prod(image)
+        arrays = 4 * values * (self.corners * (1 + self.snapshots) + 1)
+        thinned = max(0.0, math.log2(self.max_steps / (20 * max(1, self.snapshots))))
+        shown = math.ceil(self.snapshots * (2 + thinned))
+        pngs = (values + 1024) * (self.corners * (1 + shown) + 1)
+        samples = self.interpolation.samples * (4 * self.corners + 32)
+        sheets = SHEETS + ENLARGED * min(self.corners + 2, SHOWN) * values
+        return arrays + pngs + samples + 2**16 + self.figures * sheets
+
+    def check_files(self, image: Sequence[int], limit: int) -> None:
+        """Raises InvalidSpec where the files of a result could come to more than `limit` bytes."""
+        if (most := self.file_bytes(image)) > limit:
+            raise InvalidSpec(
+                f"A result of {self.corners} corners and {self.snapshots} snapshots of "
+                f"{'x'.join(map(str, image))} has files of up to {most / 2**20:,.0f} MiB, over "
+                f"{limit / 2**20:,.0f} MiB; ask for fewer corners or snapshots."
+            )
 
     @property
     def patch_set(self) -> str | None:

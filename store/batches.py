@@ -6,7 +6,7 @@ Functions take a connection and never commit.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any
 from uuid import UUID, uuid4
@@ -15,9 +15,11 @@ from sqlalchemy import RowMapping, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.spec import CollisionSpec
+from store import removal, specs
 from store.images import Stored
 from store.lifecycle import FINAL, Status
 from store.moves import cancel as cancel_sql
+from store.specs import DETAILS, SPEC, Written
 
 # What the event loop turns into parameters in one go: some 10 ms.
 _CHUNK = 500
@@ -35,6 +37,7 @@ class Item:
     priority: int
     labels: tuple[str, ...]
     deadline_seconds: float
+    file_bytes: int  # at most, of its result
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +62,8 @@ class Batch:
 
 
 _INSERT = text("""
-    INSERT INTO batches (id, key_id, labels, total, errors)
-    VALUES (:id, :key_id, CAST(:labels AS text[]), :total, CAST(:errors AS jsonb))
+    INSERT INTO batches (id, key_id, labels, total, errors, bytes)
+    VALUES (:id, :key_id, CAST(:labels AS text[]), :total, CAST(:errors AS jsonb), :bytes)
 """)
 # In order of index, which is then the order of age. Of specs and labels only the different ones
 # come, and each job says which it has. They come as one text: in an array every quotation mark
@@ -68,28 +71,27 @@ _INSERT = text("""
 _INSERT_JOBS = text("""
     WITH spec AS (
         SELECT * FROM unnest(
-            CAST(:models AS text[]), CAST(:corners AS int[]), CAST(:batch_keys AS text[]),
-            CAST(:patch_sets AS text[])
-        ) WITH ORDINALITY AS spec (model, corners, batch_key, patch_set, number)
-        JOIN jsonb_array_elements(CAST(:specs AS jsonb)) WITH ORDINALITY AS written (spec, number)
-            USING (number)
+            CAST(:specs AS text[]), CAST(:models AS text[]), CAST(:corners AS int[]),
+            CAST(:batch_keys AS text[]), CAST(:patch_sets AS text[])
+        ) WITH ORDINALITY AS spec (sha256, model, corners, batch_key, patch_set, number)
     ), new AS (
         INSERT INTO jobs (id, key_id, batch_id, batch_index, custom_id, request_id, priority,
-            labels, deadline_seconds, spec, model, corners, batch_key, patch_set,
+            labels, deadline_seconds, spec_sha256, file_bytes, model, corners, batch_key, patch_set,
             source_name, source_sha256, target_name, target_sha256)
         SELECT gen_random_uuid(), :key_id, :batch_id, item.index, item.custom_id, :request_id,
             item.priority,
             ARRAY(SELECT jsonb_array_elements_text(labels.list)),
-            item.deadline_seconds, spec.spec, spec.model, spec.corners, spec.batch_key,
-            spec.patch_set,
+            item.deadline_seconds, spec.sha256, item.file_bytes, spec.model, spec.corners,
+            spec.batch_key, spec.patch_set,
             item.source_name, item.source_sha256, item.target_name, item.target_sha256
         FROM unnest(
             CAST(:indices AS int[]), CAST(:custom_ids AS text[]), CAST(:spec_numbers AS int[]),
             CAST(:priorities AS int[]), CAST(:labels_numbers AS int[]),
-            CAST(:deadlines AS float8[]), CAST(:source_names AS text[]),
+            CAST(:deadlines AS float8[]), CAST(:file_bytes AS bigint[]),
+            CAST(:source_names AS text[]),
             CAST(:sources AS text[]), CAST(:target_names AS text[]), CAST(:targets AS text[])
         ) AS item (index, custom_id, spec_number, priority, labels_number, deadline_seconds,
-            source_name, source_sha256, target_name, target_sha256)
+            file_bytes, source_name, source_sha256, target_name, target_sha256)
         JOIN spec ON spec.number = item.spec_number
         JOIN jsonb_array_elements(CAST(:labels AS jsonb)) WITH ORDINALITY AS labels (list, number)
             ON labels.number = item.labels_number
@@ -115,6 +117,9 @@ async def create(
 ) -> UUID:
     """Writes a batch and its jobs, queued; their images must be stored. Its id."""
     batch_id = batch_id or uuid4()
+    written = await _put_specs(connection, items)
+    told = json.dumps(list(errors))
+    sizes = {spec.sha256: spec.size for spec in written.values()}
     await connection.execute(
         _INSERT,
         {
@@ -122,23 +127,33 @@ async def create(
             "key_id": key_id,
             "labels": list(labels),
             "total": len(items) + len(errors),
-            "errors": json.dumps(list(errors)),
+            "errors": told,
+            "bytes": sum(sizes.values()) + len(told),
         },
     )
     same = {"key_id": key_id, "batch_id": batch_id, "request_id": request_id}
     remaining = iter(items)
     while chunk := list(islice(remaining, _CHUNK)):
-        await connection.execute(_INSERT_JOBS, same | _columns(chunk))
+        await connection.execute(_INSERT_JOBS, same | _columns(chunk, written))
     return batch_id
 
 
-def _columns(items: Sequence[Item]) -> dict[str, Any]:
+async def _put_specs(connection: AsyncConnection, items: Sequence[Item]) -> dict[int, Written]:
+    """Stores the specs of items; by the spec's `id`, under what name."""
+    remaining = iter({id(item.spec): item.spec for item in items}.items())
+    written: dict[int, Written] = {}
+    while chunk := dict(islice(remaining, _CHUNK)):
+        written |= zip(chunk, await specs.put(connection, chunk.values()), strict=True)
+    return written
+
+
+def _columns(items: Sequence[Item], written: Mapping[int, Written]) -> dict[str, Any]:
     specs = {id(item.spec): item.spec for item in items}
     spec_numbers = {key: number for number, key in enumerate(specs, start=1)}
     labels = list(dict.fromkeys(item.labels for item in items))
     labels_numbers = {value: number for number, value in enumerate(labels, start=1)}
     return {
-        "specs": f"[{','.join(spec.model_dump_json() for spec in specs.values())}]",
+        "specs": [written[key].sha256 for key in specs],
         "models": [spec.model for spec in specs.values()],
         "corners": [spec.corners for spec in specs.values()],
         "batch_keys": [spec.batch_key for spec in specs.values()],
@@ -150,6 +165,7 @@ def _columns(items: Sequence[Item]) -> dict[str, Any]:
         "priorities": [item.priority for item in items],
         "labels_numbers": [labels_numbers[item.labels] for item in items],
         "deadlines": [item.deadline_seconds for item in items],
+        "file_bytes": [item.file_bytes for item in items],
         "source_names": [item.source.name for item in items],
         "sources": [item.source.sha256 for item in items],
         "target_names": [item.target.name for item in items],
@@ -243,19 +259,56 @@ async def cancel(connection: AsyncConnection, *, key_id: UUID, batch_id: UUID) -
     return ours is not None
 
 
+_LOCK = text("SELECT id FROM batches WHERE id = :id AND key_id = :key_id FOR UPDATE")
+_LOCK_JOBS = text("""
+    SELECT id, finished_at IS NOT NULL AS ended FROM jobs WHERE batch_id = :id
+    ORDER BY id FOR UPDATE
+""")
+_DELETE = text("DELETE FROM batches WHERE id = :id")
+
+
+async def delete(
+    connection: AsyncConnection, *, key_id: UUID, batch_id: UUID, keep: timedelta
+) -> bool | None:
+    """Deletes a batch with its jobs, and all that is theirs alone; False while one has not ended,
+    None unless it is this key's.
+
+    `keep` is how long blobs stay that nobody refers to.
+    """
+    if await connection.scalar(_LOCK, {"id": batch_id, "key_id": key_id}) is None:
+        return None
+    jobs = (await connection.execute(_LOCK_JOBS, {"id": batch_id})).all()
+    if not all(job.ended for job in jobs):
+        return False
+    await connection.run_sync(removal.delete_jobs, [job.id for job in jobs], keep)
+    await connection.execute(_DELETE, {"id": batch_id})
+    return True
+
+
 # Pages, not a cursor: a client that reads slowly then holds neither a connection nor a snapshot.
 # What is final does not change, so that pages fit together.
 _FINISHED = f"""
     WHERE jobs.batch_id = :id AND jobs.batch_index > :after AND jobs.status IN ({_listed(FINAL)})
     ORDER BY jobs.batch_index LIMIT :limit"""
+# Sizes first: a page ends before it holds more bytes, but has one result at least. What older code
+# has written has no size; so much have a hundred corners.
+_UNMEASURED = 2**19
 _RESULTS = text(f"""
+    WITH page AS (
+        SELECT next.*, sum(size) OVER (ORDER BY batch_index) - size AS before FROM (
+            SELECT jobs.id, jobs.batch_index, CASE WHEN metrics.job_id IS NULL THEN 0
+                ELSE COALESCE(metrics.size, {_UNMEASURED}) END AS size
+            FROM jobs LEFT JOIN metrics ON metrics.job_id = jobs.id {_FINISHED}
+        ) AS next
+    )
     SELECT jobs.batch_index, json_build_object(
         'index', jobs.batch_index, 'custom_id', jobs.custom_id, 'job_id', jobs.id,
         'status', jobs.status, 'error', jobs.error, 'result',
-        metrics.details || jsonb_build_object('corners', (
+        {DETAILS} || jsonb_build_object('corners', (
             SELECT jsonb_agg(details ORDER BY index) FROM corners WHERE job_id = jobs.id))
     )::text
-    FROM jobs LEFT JOIN metrics ON metrics.job_id = jobs.id {_FINISHED}
+    FROM page JOIN jobs USING (id) LEFT JOIN metrics ON metrics.job_id = jobs.id
+    WHERE before < :most ORDER BY jobs.batch_index
 """)
 
 
@@ -275,9 +328,9 @@ TABLE_COLUMNS = {
     "error_code": "jobs.error->>'code'",
     "error_message": "jobs.error->>'message'",
     "model": "jobs.model",
-    "layer": "jobs.spec->>'layer'",
+    "layer": f"{SPEC}->>'layer'",
     "corners": "jobs.corners",
-    "seed": "(jobs.spec->>'seed')::bigint",
+    "seed": f"({SPEC}->>'seed')::bigint",
     "converged": "metrics.converged",
     "steps": "metrics.steps",
     "seconds": "metrics.seconds",
@@ -305,10 +358,13 @@ _TABLE = text(f"""
 
 
 async def results(
-    connection: AsyncConnection, batch_id: UUID, *, after: int = -1, limit: int
+    connection: AsyncConnection, batch_id: UUID, *, after: int = -1, limit: int, most: int
 ) -> list[tuple[int, str]]:
-    """Up to `limit` finished jobs behind index `after`: each its index and its line of JSON."""
-    params = {"id": batch_id, "after": after, "limit": limit}
+    """Up to `limit` finished jobs behind index `after`: each its index and its line of JSON.
+
+    Fewer, but one, where their results have more than `most` bytes.
+    """
+    params = {"id": batch_id, "after": after, "limit": limit, "most": most}
     return [(row[0], row[1]) for row in await connection.execute(_RESULTS, params)]
 
 

@@ -24,6 +24,15 @@ _PUT = text("""
     ON CONFLICT (sha256) DO UPDATE SET last_used_at = now()
 """)
 
+# Of a row of `blobs`: nobody needs it. Each condition has an index.
+UNREFERENCED = """
+    NOT EXISTS (SELECT FROM images WHERE images.sha256 = blobs.sha256)
+    AND NOT EXISTS (SELECT FROM jobs WHERE source_sha256 = blobs.sha256)
+    AND NOT EXISTS (SELECT FROM jobs WHERE target_sha256 = blobs.sha256)
+    AND NOT EXISTS (SELECT FROM jobs WHERE checkpoint_sha256 = blobs.sha256)
+    AND NOT EXISTS (SELECT FROM corners WHERE png_sha256 = blobs.sha256)
+    AND NOT EXISTS (SELECT FROM artifacts WHERE artifacts.sha256 = blobs.sha256)"""
+
 
 def digest(content: bytes) -> str:
     """A blob's name: SHA-256 in hex."""

@@ -18,8 +18,11 @@ from store.workers import FRESH
 _NAMES = text(f"SELECT DISTINCT name FROM models WHERE {LIVE}")
 # Classes only where somebody asks for one: ImageNet's are 30 KB.
 _MODELS = text(f"""
-    SELECT name, weights, input_shape, CASE WHEN :classes THEN classes END AS classes,
-        jsonb_path_query_array(layers, '$[*].names[*]') AS layers
+    SELECT name, weights, input_shape, CASE WHEN :classes THEN classes END AS classes, (
+            SELECT jsonb_object_agg(called #>> '{{}}', layer->'units')
+            FROM jsonb_path_query(layers, '$[*]') AS layer,
+                jsonb_path_query(layer, '$.names[*]') AS called
+        ) AS layers
     FROM models WHERE name = ANY(CAST(:names AS text[])) AND {LIVE}
 """)
 
@@ -33,7 +36,7 @@ class _Report:
     weights: list[str]
     input_shape: list[int]
     classes: list[str] | None
-    layers: list[str] | None
+    layers: dict[str, int] | None  # how many units each has
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,12 @@ class Catalog:
     reports: dict[str, list[_Report]]
     patch_sets: dict[str, list[int]] | None
     max_parameters: int
+    max_result_bytes: int
+
+    def file_bytes(self, spec: CollisionSpec) -> int:
+        """What the files of a result come to at most; 0 where nobody knows the network's images."""
+        shapes = [report.input_shape for report in self.reports.get(spec.model, [])]
+        return max(map(spec.file_bytes, shapes), default=0)
 
     def check(self, spec: CollisionSpec) -> None:
         """Raises UnknownName or InvalidSpec where no worker can run it.
@@ -67,15 +76,18 @@ class Catalog:
             listed = _union([report.weights for report in reports])
             if listed is not None and spec.weights not in listed:
                 raise UnknownName("weights", spec.weights, listed)
-        layers = _union([report.layers for report in reports])
+        layers = _union([list(report.layers or ()) for report in reports])
         if layers is not None and spec.layer not in layers:
             raise UnknownName("layer", spec.layer, layers)
+        if layers is not None:
+            _check_units(spec, [(report.layers or {}).get(spec.layer, 0) for report in reports])
         if spec.target_class is not None:
             classes = _union([report.classes for report in reports])
             if classes is not None and spec.target_class not in classes:
                 _check_index(spec.target_class, classes)
         for report in reports:
             self._check_size(spec, report.input_shape)
+            spec.check_files(report.input_shape, self.max_result_bytes)
         misfits: list[InvalidSpec] = []
         for size, report in product(sizes, reports):
             try:
@@ -107,7 +119,11 @@ class Catalog:
 
 
 async def read(
-    connection: AsyncConnection, specs: Sequence[CollisionSpec], *, max_parameters: int
+    connection: AsyncConnection,
+    specs: Sequence[CollisionSpec],
+    *,
+    max_parameters: int,
+    max_result_bytes: int,
 ) -> Catalog:
     """What is known of the models and patch sets of these specs."""
     wanted = {
@@ -126,13 +142,23 @@ async def read(
         patch_sets = {}
         for name, size in await connection.execute(_PATCH_SETS):
             patch_sets.setdefault(name, []).append(size)
-    return Catalog(frozenset(names), reports, patch_sets, max_parameters)
+    return Catalog(frozenset(names), reports, patch_sets, max_parameters, max_result_bytes)
 
 
 def _union(lists: Sequence[list[str] | None]) -> list[str] | None:
     """What any worker knows; None where none knows a thing, or one might know more."""
     known = [names for names in lists if names]
     return [name for names in known for name in names] if len(known) == len(lists) > 0 else None
+
+
+def _check_units(spec: CollisionSpec, sizes: Sequence[int]) -> None:
+    """That a layer of one of these sizes has the units that are listed."""
+    if isinstance(spec.units, list):
+        most = max(each if isinstance(each, int) else max(each) for each in spec.units)
+        if most >= max(sizes):
+            raise InvalidSpec(
+                f"There is no unit {most}: layer {spec.layer!r} has {max(sizes)}, from 0."
+            )
 
 
 def _check_index(wanted: str, classes: list[str]) -> None:

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from store import blobs
+from store import blobs, removal
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,23 @@ class Image:
 
 
 _PUT = text("""
-    INSERT INTO images (key_id, sha256, name, width, height)
-    SELECT :key_id, new.* FROM unnest(
+    INSERT INTO images (key_id, sha256, name, width, height, inline)
+    SELECT :key_id, new.*, :inline FROM unnest(
         CAST(:sha256 AS text[]), CAST(:name AS text[]), CAST(:width AS int[]),
         CAST(:height AS int[])
     ) AS new (sha256, name, width, height)
     ORDER BY sha256
     ON CONFLICT DO NOTHING RETURNING sha256
 """)
+_KEEP = text("""
+    UPDATE images SET inline = false
+    WHERE key_id = :key_id AND sha256 = ANY(CAST(:sha256 AS text[])) AND inline
+""")
+# Locked, so that who deletes them waits for the job that names them.
 _NAMES = text("""
     SELECT sha256, name FROM images
     WHERE key_id = :key_id AND sha256 = ANY(CAST(:hashes AS text[]))
+    ORDER BY sha256 FOR KEY SHARE
 """)
 _GET = text("""
     SELECT sha256, name, media_type, size, width, height, created_at
@@ -68,8 +74,13 @@ _READ = text("""
 """)
 
 
-async def put(connection: AsyncConnection, key_id: UUID, pictures: Iterable[Picture]) -> set[str]:
-    """Stores images for a key; the hashes of those that it did not have."""
+async def put(
+    connection: AsyncConnection, key_id: UUID, pictures: Iterable[Picture], *, inline: bool
+) -> set[str]:
+    """Stores images for a key; the hashes of those that it did not have.
+
+    Those that come `inline` with a job go with the last job that uses them.
+    """
     unique = {picture.sha256: picture for picture in pictures}
     if not unique:
         return set()
@@ -80,7 +91,9 @@ async def put(connection: AsyncConnection, key_id: UUID, pictures: Iterable[Pict
         column: [getattr(picture, column) for picture in unique.values()]
         for column in ("sha256", "name", "width", "height")
     }
-    new = await connection.execute(_PUT, {"key_id": key_id, **columns})
+    new = await connection.execute(_PUT, {"key_id": key_id, "inline": inline, **columns})
+    if not inline:
+        await connection.execute(_KEEP, {"key_id": key_id, "sha256": list(unique)})
     return set(new.scalars())
 
 
@@ -97,6 +110,13 @@ async def get(connection: AsyncConnection, key_id: UUID, sha256: str) -> Image |
     """An image of this key, without its bytes."""
     row = (await connection.execute(_GET, {"key_id": key_id, "sha256": sha256})).mappings().first()
     return None if row is None else Image(**row)
+
+
+async def delete(
+    connection: AsyncConnection, key_id: UUID, sha256: str, keep: timedelta
+) -> bool | None:
+    """Deletes an image of this key; False where its jobs use it, None where there is none."""
+    return await connection.run_sync(removal.delete_image, key_id, sha256, keep)
 
 
 async def read(

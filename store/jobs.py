@@ -5,7 +5,7 @@ Functions take a connection and never commit. Whatever is asked of another key's
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -13,13 +13,17 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.spec import CollisionSpec
+from store import removal, specs
 from store.images import Stored
 from store.lifecycle import FINAL, Status
 from store.moves import cancel as cancel_sql
+from store.specs import DETAILS, SIZE, SPEC
 from store.workers import FRESH
 
 # Counting stops here: a position in the tens of thousands says enough.
 MAX_POSITION = 10_000
+# Of specs, on a page of a list.
+PAGE_BYTES = 2**22
 _FINAL = ", ".join(f"'{status}'" for status in sorted(FINAL))
 
 
@@ -35,6 +39,7 @@ class NewJob:
     priority: int
     labels: Sequence[str]
     deadline_seconds: float
+    file_bytes: int  # at most, of its result
     request_id: str | None
 
 
@@ -94,10 +99,11 @@ class File(NamedTuple):
 
 _SUBMIT = text("""
     WITH new AS (
-        INSERT INTO jobs (id, key_id, request_id, priority, labels, deadline_seconds, spec, model,
-            corners, batch_key, patch_set, source_sha256, source_name, target_sha256, target_name)
+        INSERT INTO jobs (id, key_id, request_id, priority, labels, deadline_seconds,
+            spec_sha256, spec_bytes, file_bytes, model, corners, batch_key, patch_set,
+            source_sha256, source_name, target_sha256, target_name)
         VALUES (:id, :key_id, :request_id, :priority, CAST(:labels AS text[]), :deadline_seconds,
-            CAST(:spec AS jsonb), :model, :corners, :batch_key, :patch_set,
+            :spec_sha256, :spec_bytes, :file_bytes, :model, :corners, :batch_key, :patch_set,
             :source_sha256, :source_name, :target_sha256, :target_name)
         RETURNING id, status, attempt
     )
@@ -112,9 +118,9 @@ _FULL = text("""
         SELECT FROM jobs WHERE key_id = :key_id AND status = 'queued' OFFSET :offset
     )
 """)
-_OWN_COLUMNS = """id, seq, batch_id, custom_id, status, priority, labels, created_at, queued_at,
-    started_at, finished_at, deadline_seconds, spec, source_sha256, source_name, target_sha256,
-    target_name, attempt, progress, error"""
+_OWN_COLUMNS = f"""id, seq, batch_id, custom_id, status, priority, labels, created_at, queued_at,
+    started_at, finished_at, deadline_seconds, {SPEC} AS spec, source_sha256, source_name,
+    target_sha256, target_name, attempt, progress, error"""
 _REASON = f"""
     CASE WHEN status <> 'queued' THEN status_reason
     WHEN NOT EXISTS (SELECT FROM workers WHERE NOT draining AND {FRESH})
@@ -144,7 +150,7 @@ _POSITION = f"""
         ) AS older
     )) END AS queue_position"""
 _GET = text(f"""
-    SELECT {_OWN_COLUMNS}, {_REASON}, {_POSITION}, metrics.details,
+    SELECT {_OWN_COLUMNS}, {_REASON}, {_POSITION}, {DETAILS} AS details,
         CASE WHEN status = 'succeeded' THEN (
             SELECT jsonb_agg(corners.details ORDER BY index) FROM corners WHERE job_id = jobs.id
         ) END AS corners,
@@ -152,10 +158,19 @@ _GET = text(f"""
     FROM jobs LEFT JOIN metrics ON metrics.job_id = jobs.id
     WHERE id = :id AND key_id = :key_id
 """)
+# The sizes of specs first: a page ends before it is too long, but holds one job at least.
 _LIST = f"""
+    WITH page AS (
+        SELECT found.id, sum(found.size) OVER (ORDER BY found.seq DESC) - found.size AS before
+        FROM (
+            SELECT id, seq, {SIZE} AS size
+            FROM jobs WHERE {{conditions}} ORDER BY seq DESC LIMIT :limit
+        ) AS found
+    )
     SELECT {_OWN_COLUMNS}, {_REASON}, NULL AS queue_position, NULL AS details, NULL AS corners,
-        (SELECT array_agg(name) FROM artifacts WHERE job_id = jobs.id) AS files
-    FROM jobs WHERE {{conditions}} ORDER BY seq DESC LIMIT :limit
+        (SELECT array_agg(name) FROM artifacts WHERE job_id = jobs.id) AS files,
+        (SELECT count(*) FROM page) AS found
+    FROM jobs WHERE id IN (SELECT id FROM page WHERE before < {PAGE_BYTES}) ORDER BY seq DESC
 """
 _CONDITIONS = {
     "before": "seq < :before",
@@ -169,12 +184,14 @@ _OR_BATCH = " OR batch_id = ANY(CAST(:batches AS uuid[]))"
 _LABELED = text("""
     SELECT id FROM batches WHERE key_id = :key_id AND labels @> CAST(:labels AS text[])
 """)
-_STANDING = text("""
-    SELECT status, CAST(spec->>'figures' AS boolean), CAST(spec->>'snapshots' AS int)
+_STANDING = text(f"""
+    SELECT status, CAST({SPEC}->>'figures' AS boolean), CAST({SPEC}->>'snapshots' AS int)
     FROM jobs WHERE id = :id AND key_id = :key_id
 """)
 _CANCEL = cancel_sql("WHERE id = :id AND key_id = :key_id")
-_DELETE = text(f"DELETE FROM jobs WHERE id = :id AND key_id = :key_id AND status IN ({_FINAL})")
+_LOCK = text(f"""
+    SELECT id FROM jobs WHERE id = :id AND key_id = :key_id AND status IN ({_FINAL}) FOR UPDATE
+""")
 _EVENTS = text("""
     SELECT id, type, data FROM job_events
     WHERE job_id = :job_id AND id > :after ORDER BY id LIMIT :limit
@@ -192,6 +209,7 @@ _BYTES = text("SELECT bytes FROM blobs WHERE sha256 = :sha256")
 
 async def submit(connection: AsyncConnection, job: NewJob) -> None:
     """Writes a job, queued."""
+    (written,) = await specs.put(connection, [job.spec])
     await connection.execute(
         _SUBMIT,
         {
@@ -201,7 +219,9 @@ async def submit(connection: AsyncConnection, job: NewJob) -> None:
             "priority": job.priority,
             "labels": list(job.labels),
             "deadline_seconds": job.deadline_seconds,
-            "spec": job.spec.model_dump_json(),
+            "spec_sha256": written.sha256,
+            "spec_bytes": written.size,
+            "file_bytes": job.file_bytes,
             "model": job.spec.model,
             "corners": job.spec.corners,
             "batch_key": job.spec.batch_key,
@@ -237,8 +257,9 @@ async def page(
     status: Status | None = None,
     batch_id: UUID | None = None,
     label: str | None = None,
-) -> list[Job]:
-    """Up to `limit` jobs of a key, the newest first, those older than `before` (a `seq`).
+) -> tuple[list[Job], bool]:
+    """Up to `limit` jobs of a key, the newest first, those older than `before` (a `seq`), and
+    whether there are more.
 
     Without their results and places in the queue. A label is a job's own, or that of its batch.
     """
@@ -252,8 +273,11 @@ async def page(
             conditions[-1] = f"({conditions[-1]}{_OR_BATCH})"
             params["batches"] = batches
     statement = text(_LIST.format(conditions=" AND ".join(conditions)))
-    found = await connection.execute(statement, params | {"key_id": key_id, "limit": limit})
-    return [Job(**row) for row in found.mappings()]
+    params |= {"key_id": key_id, "limit": limit + 1}
+    rows = [dict(row) for row in (await connection.execute(statement, params)).mappings()]
+    found = max((row.pop("found") for row in rows), default=0)
+    jobs = [Job(**row) for row in rows[:limit]]
+    return jobs, found > len(jobs)
 
 
 async def standing(connection: AsyncConnection, *, key_id: UUID, job_id: UUID) -> Standing | None:
@@ -269,9 +293,17 @@ async def cancel(connection: AsyncConnection, *, key_id: UUID, job_id: UUID) -> 
     return bool(moved.all())
 
 
-async def delete(connection: AsyncConnection, *, key_id: UUID, job_id: UUID) -> bool:
-    """Deletes a job that has ended, and all that belongs to it; whether there was one."""
-    return bool((await connection.execute(_DELETE, {"id": job_id, "key_id": key_id})).rowcount)
+async def delete(
+    connection: AsyncConnection, *, key_id: UUID, job_id: UUID, keep: timedelta
+) -> bool:
+    """Deletes a job that has ended, and all that is its alone; whether there was one.
+
+    `keep` is how long blobs stay that nobody refers to.
+    """
+    ended = (await connection.scalars(_LOCK, {"id": job_id, "key_id": key_id})).all()
+    if ended:
+        await connection.run_sync(removal.delete_jobs, ended, keep)
+    return bool(ended)
 
 
 async def events(

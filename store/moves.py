@@ -8,14 +8,25 @@ CHANNEL = "polycollide_jobs"  # of the notices that wake whoever watches a job
 CANCELED = "'Canceled by its owner.'"
 
 
+# What a job without a result keeps: pictures of its corners on their way.
+KEPT = """(SELECT COALESCE(sum(size), 0) FROM artifacts JOIN blobs USING (sha256)
+    WHERE artifacts.job_id = jobs.id)"""
+
+
 def befall(
-    event: Event, which: str, sets: str, *, reason: str, columns: str = "id, status"
+    event: Event,
+    which: str,
+    sets: str,
+    *,
+    reason: str,
+    columns: str = "id, status",
+    file_bytes: str = "file_bytes",
 ) -> TextClause:
     """SQL that lets `event` befall the jobs that `which` (`[FROM ...] WHERE ...`) selects.
 
     It writes down what happened, wakes those who watch, and answers with `columns` of the jobs
     that it moved. `which` locks several jobs in order of their ids, so that two who want the same
-    ones wait for each other but never in a circle.
+    ones wait for each other but never in a circle. `file_bytes` are those of a result.
     """
     allowed = ", ".join(f"'{status}'" for status in sources(event))
     # Released or expired, a job that was to be canceled is: it then has a reason of its own.
@@ -27,6 +38,8 @@ def befall(
                 status_reason = CASE {status} WHEN 'canceled' THEN {CANCELED} ELSE {reason} END,
                 finished_at = CASE WHEN {status} IN ('succeeded', 'failed', 'canceled')
                     THEN clock_timestamp() END,
+                file_bytes = CASE WHEN {status} IN ('failed', 'canceled') THEN {KEPT}
+                    ELSE {file_bytes} END,
                 {sets}
             {which} AND jobs.status IN ({allowed})
             RETURNING jobs.*
@@ -36,7 +49,7 @@ def befall(
                 'status', status, 'status_reason', status_reason, 'attempt', attempt)
             FROM moved
         )
-        SELECT {columns}, pg_notify('{CHANNEL}', id::text) FROM moved
+        SELECT {columns}, pg_notify('{CHANNEL}', id::text) FROM moved AS jobs
     """)
 
 

@@ -16,8 +16,9 @@ from sqlalchemy import Connection, text
 from core.errors import UnknownName
 from store import blobs
 from store.lifecycle import Event, Status
-from store.moves import CHANNEL, befall
+from store.moves import CHANNEL, KEPT, befall
 from store.overview import LIVE
+from store.specs import SPEC
 from store.workers import FRESH
 
 ALONE = "alone:"  # begins the batch key of a job that shares its worker with no other
@@ -159,8 +160,9 @@ _CLAIM = befall(
     worker_id = :worker_id,
     progress = NULL""",
     reason="NULL",
-    columns="""id, seq, key_id, lease_token, attempt, batch_key, spec, source_name, source_sha256,
-        target_name, target_sha256, deadline_seconds, checkpoint_sha256, request_id""",
+    columns=f"""id, seq, key_id, lease_token, attempt, batch_key, {SPEC} AS spec,
+        source_name, source_sha256, target_name, target_sha256, deadline_seconds,
+        checkpoint_sha256, request_id""",
 )
 
 
@@ -278,7 +280,15 @@ def keep_snapshot(connection: Connection, lease: Lease, steps: int, png: bytes) 
     connection.execute(_SNAPSHOT, _held([lease]) | named)
 
 
-_SUCCEED = befall(Event.SUCCEED, _HELD, f"{_UNLEASE}, checkpoint_sha256 = NULL", reason="NULL")
+_SUCCEED = befall(
+    Event.SUCCEED,
+    _HELD,
+    f"{_UNLEASE}, checkpoint_sha256 = NULL",
+    reason="NULL",
+    file_bytes=f"""{KEPT} + (
+        SELECT bytes FROM unnest(CAST(:ids AS uuid[]), CAST(:bytes AS bigint[])) AS own (id, bytes)
+        WHERE own.id = jobs.id)""",
+)
 # Many values of JSON travel as one: escaped one by one, for an array, they take far longer.
 _CORNERS = text("""
     INSERT INTO corners (job_id, index, png_sha256, converged, label, probability, l_pos,
@@ -291,15 +301,18 @@ _CORNERS = text("""
         probability float8, l_pos float8, violation float8, relative_residual float8,
         distance_to_source float8, distance_to_target float8)
 """)
-_METRICS = text("""
+_METRICS = text(f"""
     INSERT INTO metrics (job_id, converged, steps, seconds, spread, accuracy, accuracy_8bit,
-        min_probability, details)
+        min_probability, size, details)
     SELECT job_id, (details->>'converged')::boolean, (details->>'steps')::int,
         (details->>'seconds')::float8, (details->'polytope'->>'spread')::float8,
         (details->'interpolation'->>'accuracy')::float8,
         (details->'interpolation'->>'accuracy_8bit')::float8,
-        (details->'interpolation'->>'min_probability')::float8, details
-    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS new (job_id uuid, details jsonb)
+        (details->'interpolation'->>'min_probability')::float8, new.size,
+        CASE WHEN details->'provenance'->'spec' = {SPEC}
+            THEN details #- '{{provenance,spec}}' ELSE details END
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS new (job_id uuid, details jsonb, size int)
+    JOIN jobs ON jobs.id = new.job_id
 """)
 _ARTIFACTS = text("""
     INSERT INTO artifacts (job_id, name, sha256)
@@ -318,7 +331,13 @@ def succeed(connection: Connection, finished: Sequence[Finished]) -> set[UUID]:
     files = [(job, name, content) for job in finished for name, content in job.files.items()]
     stored += [(_media_type(name), content) for _, name, content in files]
     connection.execute(*blobs.put(stored))
-    moved = connection.execute(_SUCCEED, _held(job.lease for job in finished)).all()
+    sizes = [len(json.dumps(job.result)) for job in finished]
+    contents = [
+        size + sum(map(len, [*job.pngs, *job.files.values()]))
+        for job, size in zip(finished, sizes, strict=True)
+    ]
+    held = _held(job.lease for job in finished)
+    moved = connection.execute(_SUCCEED, held | {"bytes": contents}).all()
     succeeded = {job.id for job in moved if job.status == Status.SUCCEEDED}
     ours = [job for job in finished if job.lease.job_id in succeeded]
     if not ours:
@@ -334,8 +353,10 @@ def succeed(connection: Connection, finished: Sequence[Finished]) -> set[UUID]:
         {
             "job_id": str(job.lease.job_id),
             "details": {name: v for name, v in job.result.items() if name != "corners"},
+            "size": size,
         }
-        for job in ours
+        for job, size in zip(finished, sizes, strict=True)
+        if job.lease.job_id in succeeded
     ]
     connection.execute(_METRICS, {"rows": json.dumps(metrics)})
     connection.execute(

@@ -93,6 +93,19 @@ class Settings(BaseSettings):
         "of patches, also its corners times their control parameters.",
     )
     max_batch_items: int = 10_000
+    max_batch_spec_bytes: int = Field(
+        64 * 2**20, description="Of the different specs of a batch, together."
+    )
+    max_result_bytes: int = Field(
+        512 * 2**20,
+        ge=2**20,
+        le=2**29,  # a file of 1 GiB is more than Postgres takes
+        description="That the files of one result may come to.",
+    )
+    max_key_bytes: int = Field(
+        100 * 2**30,
+        description="That a key may keep: images, specs and results, those to come included.",
+    )
 
     keep_checkpoints: timedelta = Field(timedelta(hours=1), description="Of finished jobs.")
     keep_snapshots: timedelta = Field(timedelta(days=7), description="Of finished jobs.")

@@ -96,12 +96,29 @@ class Image(Base):
     width: Mapped[int]
     height: Mapped[int]
     created_at: Mapped[datetime] = _now()
+    inline: Mapped[bool] = mapped_column(server_default="false")  # it goes with its last job
 
     __table_args__ = (PrimaryKeyConstraint("key_id", "sha256"),)
 
 
+class Spec(Base):
+    """What jobs ask for, presets applied: once, by its hash, however many jobs ask for it."""
+
+    __tablename__ = "specs"
+
+    sha256: Mapped[str] = mapped_column(primary_key=True)
+    spec: Mapped[Json]
+    size: Mapped[int]
+    last_used_at: Mapped[datetime] = _now()
+
+    __table_args__ = (Index(None, "last_used_at", "sha256"),)
+
+
 class Batch(Base):
-    """Jobs that were submitted together. `errors` tells of the items that were refused."""
+    """Jobs that were submitted together. `errors` tells of the items that were refused.
+
+    `bytes` are what it takes itself: the specs of its jobs, labels and errors.
+    """
 
     __tablename__ = "batches"
 
@@ -111,6 +128,7 @@ class Batch(Base):
     labels: Mapped[list[str]]
     total: Mapped[int]
     errors: Mapped[list[Json]] = mapped_column(JSONB)
+    bytes: Mapped[int] = mapped_column(BigInteger, server_default="0")
     created_at: Mapped[datetime] = _now()
     cancel_requested_at: Mapped[datetime | None]
 
@@ -122,7 +140,8 @@ class Job(Base):
 
     `seq` is its age. `crashes` counts attempts that ended with their worker. While it is leased,
     only who knows `lease_token` may write to it. `checkpoint_sha256` names a blob or, for a large
-    one, a file on the volume of the worker that wrote it.
+    one, a file on the volume of the worker that wrote it. `spec` is of older jobs, which have no
+    `spec_sha256`. `file_bytes` are those of its files: at most, until it has ended.
     """
 
     __tablename__ = "jobs"
@@ -145,7 +164,10 @@ class Job(Base):
     finished_at: Mapped[datetime | None]
     deadline_seconds: Mapped[float]
 
-    spec: Mapped[Json]
+    spec: Mapped[Json | None]
+    spec_sha256: Mapped[str | None] = mapped_column(ForeignKey("specs.sha256"), index=True)
+    spec_bytes: Mapped[int] = mapped_column(server_default="0")  # 0 where its batch counts them
+    file_bytes: Mapped[int] = mapped_column(BigInteger, server_default="0")
     model: Mapped[str]
     corners: Mapped[int]
     batch_key: Mapped[str]
@@ -171,6 +193,7 @@ class Job(Base):
         CheckConstraint(f"({_in(FINAL)}) = (finished_at IS NOT NULL)", name="finished"),
         CheckConstraint("(status = 'failed') = (error IS NOT NULL)", name="error"),
         CheckConstraint("corners > 0", name="corners"),
+        CheckConstraint("spec IS NOT NULL OR spec_sha256 IS NOT NULL", name="spec"),
         # Claims: the kinds that wait, the keys that wait for a kind, the order within each.
         Index(
             "ix_jobs_queue",
@@ -197,7 +220,10 @@ class Job(Base):
             postgresql_where=text("batch_id IS NOT NULL"),
         ),
         Index("ix_jobs_labels", "labels", postgresql_using="gin"),
+        # What a key keeps: this index alone is read.
+        Index("ix_jobs_bytes", "key_id", postgresql_include=["spec_bytes", "file_bytes"]),
         # Retention.
+        Index(None, "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
         Index(
             "ix_jobs_checkpoint_sha256",
             "checkpoint_sha256",
@@ -245,6 +271,7 @@ class Metrics(Base):
     accuracy_8bit: Mapped[float | None]
     min_probability: Mapped[float | None]
     details: Mapped[Json]
+    size: Mapped[int | None]  # bytes of the result as JSON, corners included
 
 
 class Artifact(Base):

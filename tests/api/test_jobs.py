@@ -253,11 +253,15 @@ def test_what_no_worker_knows_is_refused_with_what_is_near(
             ({"target_class": "11"}, "unknown_name", "known"),
             ({"model": "large"}, "invalid_spec", "ask for fewer"),
             ({"model": "wide", "objective": "hull"}, "invalid_spec", "5 points between them"),
+            ({"model": "wide"}, "invalid_spec", "ask for fewer corners or snapshots"),
+            ({"units": [255, 256]}, "invalid_spec", "no unit 256: layer 'fc1' has 256"),
+            ({"units": [1, [2, 300]]}, "invalid_spec", "no unit 300"),
         ):
             response = client.post("/v1/jobs", json=JOB | {"spec": SPEC | given})
             assert near in refused(response, 422, code)
         submitted(client, spec=SPEC | {"target_class": 7, "weights": "shipped"})
-        submitted(client, spec=SPEC | {"model": "wide"})
+        submitted(client, spec=SPEC | {"units": [254, 255]})
+        submitted(client, spec=SPEC | {"model": "wide", "snapshots": 0, "figures": False})
 
 
 COLOUR = MODEL | {"name": "colour", "input_shape": [3, 64, 64], "layers": None}
@@ -278,7 +282,8 @@ def test_a_job_of_patches_names_a_set_that_a_worker_has_and_fits_its_size(
             ({"model": "mnist-mlp"}, "invalid_spec", "takes grey ones"),
             ({"model": "wide"}, "invalid_spec", "larger stride"),
         ):
-            job = JOB | {"spec": OF_PATCHES | {"corners": 10} | given}
+            plain = {"corners": 10, "snapshots": 0, "figures": False}
+            job = JOB | {"spec": OF_PATCHES | plain | given}
             assert says in refused(client.post("/v1/jobs", json=job), 422, code)
             batch = client.post("/v1/batches", json={"items": [job, JOB]}).json()
             (error,) = batch["errors"]

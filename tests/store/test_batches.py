@@ -16,6 +16,7 @@ from store import batches, blobs, queue
 from store.batches import Item
 from store.images import Stored
 from store.lifecycle import Status
+from store.specs import SPEC as SPEC_OF
 
 pytestmark = pytest.mark.anyio
 SPEC = CollisionSpec(model="mnist-mlp", layer="fc1", corners=2)
@@ -85,7 +86,7 @@ async def a_batch(
 ) -> UUID:
     source, target = await images(connection)
     item = {"spec": SPEC, "source": source, "target": target, "priority": 0, "labels": ()}
-    item |= {"deadline_seconds": 60.0} | changes
+    item |= {"deadline_seconds": 60.0, "file_bytes": 0} | changes
     refused = {error["index"] for error in errors}
     indices = [index for index in range(number + len(errors)) if index not in refused]
     items = [Item(index=index, custom_id=f"item {index}", **item) for index in indices]
@@ -128,9 +129,11 @@ async def test_a_batch_is_read_as_it_was_written(connection):
     assert (batch.labels, batch.total, batch.refused, batch.errors) == (["ours"], 3, 1, [error])
     assert batch.counts == dict.fromkeys(Status, 0) | {Status.QUEUED: 2}
     assert not batch.completed
-    jobs = (await connection.execute(text("SELECT * FROM jobs ORDER BY seq"))).all()
+    jobs = (
+        await connection.execute(text(f"SELECT *, {SPEC_OF} AS given FROM jobs ORDER BY seq"))
+    ).all()
     assert [(job.batch_index, job.custom_id) for job in jobs] == [(0, "item 0"), (2, "item 2")]
-    assert all(CollisionSpec.model_validate(job.spec) == SPEC for job in jobs)
+    assert all(CollisionSpec.model_validate(job.given) == SPEC for job in jobs)
     for job in jobs:
         assert (job.priority, job.labels, job.deadline_seconds) == (7, ["a", "b"], 60)
         assert (job.model, job.corners, job.batch_key) == ("mnist-mlp", 2, SPEC.batch_key)
@@ -154,12 +157,15 @@ async def test_specs_and_labels_go_to_the_right_jobs_across_chunks(connection):
     source, target = await images(connection)
     specs = [SPEC.model_copy(update={"seed": seed}) for seed in range(3)]
     items = [
-        Item(index, None, specs[index % 3], source, target, 0, (f"l{index % 7}", "x"), 1.0)
+        Item(index, None, specs[index % 3], source, target, 0, (f"l{index % 7}", "x"), 1.0, 0)
         for index in range(1100)
     ]
     await batches.create(connection, key_id=key_id, labels=[], items=items, errors=[])
     rows = await connection.execute(
-        text("SELECT batch_index, (spec->>'seed')::int, labels, custom_id FROM jobs ORDER BY seq")
+        text(
+            f"""SELECT batch_index, ({SPEC_OF}->>'seed')::int, labels, custom_id
+                FROM jobs ORDER BY seq"""
+        )
     )
     expected = [(index, index % 3, [f"l{index % 7}", "x"], None) for index in range(1100)]
     assert [tuple(row) for row in rows] == expected
@@ -282,7 +288,7 @@ async def test_results_come_in_order_of_index_and_only_of_finished_jobs(connecti
     first, second, third = claim(url, 3)
     succeed(url, third)
     succeed(url, first)
-    lines = await batches.results(connection, batch_id, limit=10)
+    lines = await batches.results(connection, batch_id, limit=10, most=2**20)
     assert [index for index, _ in lines] == [0, 2]
     line = json.loads(lines[1][1])
     assert line == {
@@ -332,7 +338,7 @@ async def test_results_come_in_pages(connection):
     key_id = await a_key(connection)
     batch_id = await a_batch(connection, key_id, 5)
     await batches.cancel(connection, key_id=key_id, batch_id=batch_id)
-    first = await batches.results(connection, batch_id, limit=3)
-    rest = await batches.results(connection, batch_id, after=first[-1][0], limit=3)
+    first = await batches.results(connection, batch_id, limit=3, most=2**20)
+    rest = await batches.results(connection, batch_id, after=first[-1][0], limit=3, most=2**20)
     assert [index for index, _ in first + rest] == [0, 1, 2, 3, 4]
     assert {json.loads(line)["result"] for _, line in rest} == {None}

@@ -9,7 +9,7 @@ from store.catalog import Catalog, _Report
 
 def catalog(sizes: dict[str, list[int]] | None, most: int = 2**26) -> Catalog:
     report = _Report(weights=[], input_shape=[3, 64, 48], classes=None, layers=None)
-    return Catalog(frozenset({"m"}), {"m": [report]}, sizes, most)
+    return Catalog(frozenset({"m"}), {"m": [report]}, sizes, most, 2**29)
 
 
 def spec_of(**patches: int | str) -> CollisionSpec:

@@ -38,7 +38,7 @@ def run(database: str) -> Run[object]:
 
 
 async def submitted(connection: AsyncConnection, key_id: UUID, priority: int = 0) -> UUID:
-    await images.put(connection, key_id, PICTURES)
+    await images.put(connection, key_id, PICTURES, inline=True)
     source, target = (Stored(picture.name, picture.sha256) for picture in PICTURES)
     job = NewJob(
         id=uuid4(),
@@ -49,6 +49,7 @@ async def submitted(connection: AsyncConnection, key_id: UUID, priority: int = 0
         priority=priority,
         labels=["a"],
         deadline_seconds=60,
+        file_bytes=1000,
         request_id=None,
     )
     await jobs.submit(connection, job)
@@ -137,9 +138,9 @@ def test_counting_places_stops_at_ten_thousand(run: Run[None]) -> None:
             first = await submitted(connection, key_id)
             await connection.execute(
                 text("""
-                INSERT INTO jobs (id, key_id, priority, labels, deadline_seconds, spec, model,
+                INSERT INTO jobs (id, key_id, priority, labels, deadline_seconds, spec_sha256, model,
                     corners, batch_key, source_sha256, source_name, target_sha256, target_name)
-                SELECT gen_random_uuid(), key_id, priority, labels, deadline_seconds, spec, model,
+                SELECT gen_random_uuid(), key_id, priority, labels, deadline_seconds, spec_sha256, model,
                     corners, batch_key, source_sha256, source_name, target_sha256, target_name
                 FROM jobs, generate_series(1, 20000)
                 """)
@@ -159,14 +160,14 @@ def test_old_images_stay_and_new_ones_are_told_apart(run: Run[None]) -> None:
     async def do(engine: AsyncEngine) -> None:
         async with engine.begin() as connection:
             key_id = await keys.local(connection)
-            assert len(await images.put(connection, key_id, PICTURES)) == 2
-            assert await images.put(connection, key_id, PICTURES[:1]) == set()
+            assert len(await images.put(connection, key_id, PICTURES, inline=True)) == 2
+            assert await images.put(connection, key_id, PICTURES[:1], inline=False) == set()
             hashes = [picture.sha256 for picture in PICTURES]
             assert await images.names(connection, key_id, [*hashes, "0" * 64]) == {
                 hashes[0]: "s",
                 hashes[1]: "t",
             }
             assert await images.names(connection, uuid4(), hashes) == {}
-            assert await images.put(connection, key_id, []) == set()
+            assert await images.put(connection, key_id, [], inline=False) == set()
 
     run(do)
