@@ -27,7 +27,7 @@ from api.deps import KeyId, Parts, Reading, Services
 from api.errors import NotFound, responses
 from api.schemas import PRINTABLE
 from core.errors import UnknownName
-from store import overview
+from store import overview, usage
 from store.lifecycle import FINAL, Status
 
 T = TypeVar("T")
@@ -94,6 +94,16 @@ class PatchSets(_Out):
     patch_sets: list[PatchSet]
 
 
+class Usage(_Out):
+    """Bytes that a key keeps. What others keep as well counts for each."""
+
+    images: int
+    specs: int
+    results: int = Field(description="Of jobs that have not ended, what they may come to.")
+    total: int
+    limit: int = Field(description="What is over it is refused: delete first.")
+
+
 class Alive(_Out):
     status: Literal["ok"] = "ok"
 
@@ -144,6 +154,13 @@ async def get_model(
         raise UnknownModel(str(error)) from None
     layers = None if model.layers is None else [_layer(layer) for layer in model.layers]
     return ModelDetails(**_summary(model), class_names=model.classes, layers=layers)
+
+
+@router.get("/usage", tags=["usage"])
+async def get_usage(key_id: KeyId, connection: Reading, parts: Parts) -> Usage:
+    """How much your key keeps, and how much it may."""
+    kept = await usage.of(connection, key_id)
+    return Usage(**kept._asdict(), total=kept.total, limit=parts.settings.max_key_bytes)
 
 
 @router.get("/patch-sets")

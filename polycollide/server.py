@@ -25,7 +25,7 @@ from sqlalchemy.exc import ArgumentError, ProgrammingError, SQLAlchemyError
 from polycollide import binaries, stack
 from polycollide.listing import aside, console, fail, listing
 from polycollide.process import Process, StackError, start_process, stop_together
-from store import keys
+from store import keys, usage
 from store.database import connect, migrate
 from store.settings import Settings
 
@@ -139,10 +139,12 @@ def create_key(name: str) -> None:
 def list_keys() -> None:
     """Prints the API keys."""
     with in_one_sentence(UP), transaction() as connection:
-        table = listing("prefix", "name", "created", "revoked", whole=("prefix",))
+        table = listing("prefix", "name", "created", "revoked", "MiB kept", whole=("prefix",))
+        kept = usage.by_key(connection)
         for key in keys.listed(connection):
             revoked = f"{key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else ""
-            table.add_row(key.prefix, key.name, f"{key.created_at:%Y-%m-%d %H:%M}", revoked)
+            mib = f"{kept[key.id].total / 2**20:,.1f}"
+            table.add_row(key.prefix, key.name, f"{key.created_at:%Y-%m-%d %H:%M}", revoked, mib)
         console.print(table)
 
 

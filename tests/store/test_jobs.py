@@ -138,10 +138,12 @@ def test_counting_places_stops_at_ten_thousand(run: Run[None]) -> None:
             first = await submitted(connection, key_id)
             await connection.execute(
                 text("""
-                INSERT INTO jobs (id, key_id, priority, labels, deadline_seconds, spec_sha256, model,
-                    corners, batch_key, source_sha256, source_name, target_sha256, target_name)
-                SELECT gen_random_uuid(), key_id, priority, labels, deadline_seconds, spec_sha256, model,
-                    corners, batch_key, source_sha256, source_name, target_sha256, target_name
+                INSERT INTO jobs (id, key_id, priority, labels, deadline_seconds, spec_sha256,
+                    model, corners, batch_key, source_sha256, source_name, target_sha256,
+                    target_name)
+                SELECT gen_random_uuid(), key_id, priority, labels, deadline_seconds, spec_sha256,
+                    model, corners, batch_key, source_sha256, source_name, target_sha256,
+                    target_name
                 FROM jobs, generate_series(1, 20000)
                 """)
             )
