@@ -148,13 +148,9 @@ def test_a_key_keeps_so_many_bytes_and_deleting_makes_room(
 def test_a_deleted_job_takes_its_own_images_along(client: httpx.Client, worker: Worker) -> None:
     source, target = png(seed=101), png(seed=102)
     given = {"source": inline(source), "target": inline(target)}
-    first, second = (
-        submitted(client, **given),
-        submitted(client, **given | {"target": inline(png())}),
-    )
+    first = done(client, worker, **given)
+    second = done(client, worker, **given | {"target": inline(png())})
     ours, theirs = digest(client, first), digest(client, first, "target")
-    for job in (first, second):
-        worker.succeed(worker.claim(job))
     assert client.get(f"/v1/images/{theirs}").status_code == 200
     assert client.delete(first["urls"]["self"]).status_code == 204
     assert client.get(f"/v1/images/{theirs}").status_code == 404  # nobody else's
