@@ -64,6 +64,9 @@ class Layer(_Out):
     shape: list[int]
     units: int
     cut: bool | None = Field(description="Whether its activations decide the logits.")
+    cut_proved: bool | None = Field(
+        None, description="Whether that is proved; else it was tested on a few images."
+    )
 
 
 class ModelDetails(ModelSummary):

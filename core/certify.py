@@ -36,6 +36,8 @@ MEMORY = 2**31
 PROBE = 1e-3
 # Simplices bounded together, at most: more gain nothing on a CPU and see the clock less often.
 BATCH = 16
+# Points between the corners where the network is compared with what was read of it.
+BETWEEN = 8
 # Weights that differ by less are not halved: their binary fractions come to an end.
 LEAST_EDGE = 2.0**-40
 
@@ -64,7 +66,8 @@ class Certificate:
     `weights` [K] has not, by a plain forward pass in float32. `unknown`: for `reason`; of the
     polytope's volume `certified_fraction` is proved. `bound` is below all margins in every case,
     None where not even that much is known. `subsimplices` counts those that were bounded. A float32
-    evaluation of logits, added up in whatever order, is nowhere off by more than `float32_error`.
+    evaluation of logits, added up in whatever order, is nowhere off by more than `float32_error`:
+    with `holds_in_float32` that leaves every point its class.
     """
 
     outcome: Literal["certified", "refuted", "unknown"]
@@ -75,6 +78,13 @@ class Certificate:
     weights: Tensor | None = None
     reason: str | None = None
     float32_error: float | None = None
+
+    @property
+    def holds_in_float32(self) -> bool | None:
+        """None where nothing is certified."""
+        if self.bound is None or self.float32_error is None:
+            return None
+        return self.bound > 2 * self.float32_error  # both logits may be off
 
 
 @matmul_precision(tf32=False)
@@ -215,6 +225,13 @@ def _apart(weights: Tensor, found: Tensor, radius: float) -> list[int]:
     return sorted(kept)
 
 
+def _between(corners: int) -> Tensor:
+    """Weights [N, K] of points between all corners, and between every corner and the next."""
+    drawn = simplex_weights("uniform", BETWEEN, corners, np.random.default_rng(3))
+    vertices = torch.eye(corners, dtype=torch.float64)
+    return torch.cat([torch.from_numpy(drawn), (vertices + vertices.roll(1, 0)) / 2])
+
+
 def project_to_simplex(points: Tensor) -> Tensor:
     """The nearest barycentric weights [N, K] to `points` [N, K], exactly: by sorting.
 
@@ -274,8 +291,9 @@ class _Search:
         if (found := self._refuting(torch.cat(points))) is not None:
             return self._end("refuted", weights=found)
         try:
+            images = _mixtures(torch.cat([*points, _between(len(self.wide))]), self.wide)
             shape = tuple(self.wide.shape[1:])
-            self.program = read(self.tap.normalize, self.tap.network, shape)
+            self.program = read(self.tap.normalize, self.tap.network, shape, images)
         except UnsupportedNetwork as error:
             return self._end("unknown", reason=str(error))
         size = self._bytes()
@@ -301,7 +319,11 @@ class _Search:
                 self.open += batch
                 if found is not None:
                     return self._end("refuted", weights=found)
-                return self._end("unknown", reason="A point's margin is lost in rounding.")
+                return self._end(
+                    "unknown",
+                    reason="A point's margin is lost in rounding: no simplex around it can be "
+                    "halved exactly any more.",
+                )
             self._bound(
                 halves,
                 depths=[depth + 1 for _, _, depth, _ in batch for _ in range(2)],
@@ -345,7 +367,11 @@ class _Search:
         return bounds.margin_bounds(self.program, vertices, self.label, coefficients=room).tolist()
 
     def _bisect(self, simplices: Tensor) -> Tensor | None:
-        """Both halves of each of `simplices` [N, K, K], in turn; None if one is a point."""
+        """Both halves of each of `simplices` [N, K, K], in turn.
+
+        None if one is a point, or if a midpoint is none in float64: its halves would not be all of
+        the simplex.
+        """
         n, k, _ = simplices.shape
         products = simplices @ self.gram @ simplices.mT
         squares = products.diagonal(dim1=1, dim2=2)
@@ -355,7 +381,12 @@ class _Search:
         rows = torch.arange(n)
         if bool((simplices[rows, one] - simplices[rows, other]).abs().amax(1).lt(LEAST_EDGE).any()):
             return None
-        middle = (simplices[rows, one] + simplices[rows, other]) / 2
+        both = simplices[rows, one] + simplices[rows, other]
+        # A sum is exact if and only if each part is what is left without the other.
+        left = both - simplices[rows, one], both - simplices[rows, other]
+        if not (left[0].equal(simplices[rows, other]) and left[1].equal(simplices[rows, one])):
+            return None
+        middle = both / 2
         halves = simplices.repeat_interleave(2, 0)
         halves[2 * rows, one] = middle
         halves[2 * rows + 1, other] = middle

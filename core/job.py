@@ -24,11 +24,11 @@ from core.patches.neighbours import Neighbours
 from core.patches.sets import PatchSet
 from core.patches.windows import Windows
 from core.polytope import LayerPolytope, affine_map
+from core.program import is_affine, proves_cut, proves_mixing
 from core.result import Seen
 from core.spec import CollisionSpec, Relative, Threshold
 from core.taps import (
     Tap,
-    is_affine,
     is_cut,
     matmul_precision,
     mixes,
@@ -45,16 +45,19 @@ class Subject:
 
     `tap` measures in float32, `working_tap` optimises in the job's precision. Two unrelated images
     differ by `natural` in pixels (and what that was taken of) and by `feature_distance` at the
-    layer, on average.
+    layer, on average; by `logit_distance` in their logits, at most. `cut` is what was tested on
+    sample images, `cut_proved` what follows from the network's operations.
     """
 
     model: Model
     tap: Tap
     working_tap: Tap
     cut: bool
+    cut_proved: bool
     mixes: bool
     natural: tuple[float, str]
     feature_distance: float
+    logit_distance: float
 
     @classmethod
     def open(cls, spec: CollisionSpec, device: torch.device) -> "Subject":
@@ -76,14 +79,19 @@ class Subject:
         if spec.precision == "bf16":
             cast = copy.deepcopy(network).to(torch.bfloat16)
             working = Tap(tap.normalize, cast, tap.layer, torch.bfloat16)
+        first, shape = tappable(network, tap.normalize(references[:1]))[0], model.input_shape
+        cut, cut_proved = _cut(tap, references)
+        feature_distance, logit_distance = _distances(tap, references)
         return cls(
             model=model,
             tap=tap,
             working_tap=working,
-            cut=is_cut(tap, references[:1], references[1:2]),
-            mixes=mixes(tap, references[:3]),
+            cut=cut,
+            cut_proved=cut_proved,
+            mixes=mixes(tap, references[:3]) and proves_mixing(tap, first, shape),
             natural=interpolate.natural_distance(tuple(references.shape[1:])),
-            feature_distance=_feature_distance(tap, references),
+            feature_distance=feature_distance,
+            logit_distance=logit_distance,
         )
 
     @property
@@ -123,7 +131,7 @@ class LayerInfo:
     """A layer that a model can be opened at, in plain values.
 
     `names` are all that `open_tap` takes for it; `name`, the first, is how we call it. `kind` is
-    the activation's: relu, relu6 or max_pool.
+    the activation's: relu, relu6 or max_pool. `affine` is proved, `cut` is, or tested on images.
     """
 
     name: str
@@ -132,6 +140,7 @@ class LayerInfo:
     shape: tuple[int, ...]
     units: int
     cut: bool
+    cut_proved: bool
     affine: bool
 
 
@@ -150,15 +159,24 @@ def describe(model: Model) -> Iterator[LayerInfo]:
 @matmul_precision(tf32=False)
 def _describe(tap: Tap, references: Tensor) -> LayerInfo:
     name = true_name(tap.network, tap.normalize(references[:1]), tap.layer)
+    cut, cut_proved = _cut(tap, references)
     return LayerInfo(
         name=name,
         names=tuple(dict.fromkeys([name, tap.layer.names[-1]])),
         kind=tap.layer.activation.kind,
         shape=tap.layer.shape,
         units=tap.layer.units,
-        cut=is_cut(tap, references[:1], references[1:2]),
+        cut=cut,
+        cut_proved=cut_proved,
         affine=is_affine(tap, references[:2]),
     )
+
+
+def _cut(tap: Tap, references: Tensor) -> tuple[bool, bool]:
+    """Whether the layer is a cut, and whether that is proved; else all of `references` try it."""
+    proved = proves_cut(tap, tuple(references.shape[1:]))
+    cut = is_cut(tap, references[:1], references[1:2] if proved else references[1:])
+    return cut, cut and proved
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -374,8 +392,8 @@ def _check_class(model: Model, wanted: str, seen: Seen) -> None:
         )
 
 
-def _feature_distance(tap: Tap, references: Tensor) -> float:
-    """Mean ||f(a) - f(b)|| over pairs of the reference images."""
-    pre, _ = interpolate.observe(tap, references)
-    features = tap.layer.activation(pre)
-    return interpolate.mean_of_pairs(interpolate.pairwise_distance(features))
+def _distances(tap: Tap, references: Tensor) -> tuple[float, float]:
+    """||f(a) - f(b)||, the mean over pairs of the images, and that of logits, the greatest."""
+    pre, logits = interpolate.observe(tap, references)
+    features = interpolate.pairwise_distance(tap.layer.activation(pre))
+    return interpolate.mean_of_pairs(features), float(interpolate.pairwise_distance(logits).max())

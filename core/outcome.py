@@ -32,7 +32,7 @@ from core.result import (
     Worst,
 )
 from core.spec import CollisionSpec
-from core.taps import matmul_precision
+from core.taps import matmul_precision, pins
 
 ROUNDING = 1e-5  # of a spread: the engine adds up in float32, results in float64
 
@@ -105,6 +105,7 @@ def measure(subject: Subject, job: Job, on_chunk: Callable[[], None] = lambda: N
             on_step=on_chunk,
         )
     corner_results = _corner_results(subject, job)
+    cut = subject.cut and _is_cut(subject, job)
     polytope = interpolate.measure_polytope(corners, subject.natural)
     collides = bool(job.group.converged.all())
     reached = polytope.spread >= (1 - ROUNDING) * spec.hull.goal if job.group.hull else None
@@ -115,8 +116,9 @@ def measure(subject: Subject, job: Job, on_chunk: Callable[[], None] = lambda: N
         steps=min(job.group.age, spec.max_steps),
         seconds=job.group.seconds,
         measuring_seconds=0.0,
-        cut=subject.cut,
-        warnings=_warnings(subject, job, solved),
+        cut=cut,
+        cut_proved=cut and subject.cut_proved,
+        warnings=_warnings(subject, job, solved, cut),
         notes=[*job.source.notes, *job.target.notes],
         layer=LayerResult(
             name=subject.tap.layer.name,
@@ -280,6 +282,7 @@ def _certify(
     return Certificate(
         hull=asked.hull,
         **{**vars(found), "weights": weights},
+        holds_in_float32=found.holds_in_float32,
         edges=Edges(**{**vars(walked), "weights": walked.weights.tolist()}) if walked else None,
     )
 
@@ -289,7 +292,8 @@ def _walk(
 ) -> edges.Edges | None:
     """None where the network cannot be read."""
     try:
-        program = read(subject.tap.normalize, subject.tap.network, tuple(corners.shape[1:]))
+        shape = tuple(corners.shape[1:])
+        program = read(subject.tap.normalize, subject.tap.network, shape, corners)
     except UnsupportedNetwork:
         return None
     return edges.walk(program, corners, label, max_seconds=seconds, on_step=on_chunk)
@@ -336,14 +340,24 @@ def _unit(units: tuple[int, ...]) -> int | list[int]:
     return units[0] if len(units) == 1 else list(units)
 
 
-def _warnings(subject: Subject, job: Job, solved: Exact | None) -> list[str]:
+def _is_cut(subject: Subject, job: Job) -> bool:
+    """Whether this job's own source and corners, pinned to its target, get the target's logits."""
+    target = torch.from_numpy(job.target.pixels)[None].to(subject.device)
+    pre, logits = interpolate.observe(subject.tap, target)
+    source = torch.from_numpy(job.source.pixels)[None].to(subject.device)
+    images = torch.cat([source, job.group.corners])
+    parts = images.split(interpolate.chunk(images[0]))
+    return all(pins(subject.tap, pre, logits, p, apart=subject.logit_distance) for p in parts)
+
+
+def _warnings(subject: Subject, job: Job, solved: Exact | None, cut: bool) -> list[str]:
     warnings = []
     if job.seen_source.label == job.seen_target.label:
         warnings.append(
             f"The network takes the source for {job.seen_source.class_!r} already, as it does the "
             "target: that corners and mixtures have that class shows nothing."
         )
-    if not subject.cut:
+    if not cut:
         warnings.append(
             f"Layer {subject.tap.layer.name!r} is no cut: other paths lead around it, so sharing "
             "its activations does not decide the class."

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import linalg, sparse
-from torch import Tensor
+from torch import Tensor, nn
 
+from core.course import follow
 from core.errors import CoreError
 from core.objective import Target, residual
-from core.taps import Activation, Clip, Tap, is_affine, tappable, true_name
+from core.program import affine_script, is_affine
+from core.taps import Activation, Clip, Tap, tappable, true_name
 
 Floats = NDArray[np.float64]
 Booleans = NDArray[np.bool_]
@@ -102,22 +104,23 @@ class AffineMap:
 def affine_map(tap: Tap, probes: Tensor, clock: Clock = ENDLESS) -> AffineMap:
     """The affine map from pixels to f', read off the images of a basis in float64.
 
-    `probes` [N, C, H, W] are two images or more; the map is compared with the tap on each.
+    That it is affine is proved from what the network computes. `probes` [N, C, H, W] are two images
+    or more; the map is compared with the tap on each.
 
     Raises:
-        NotAffine: the layer is not affine in the image, or is a max pool.
+        NotAffine: the layer is not proved to be affine in the image, or is a max pool.
         TooLarge: the map is too large for a linear program.
     """
     if not isinstance(tap.layer.activation, Clip) or not is_affine(tap, probes[:2]):
         raise _not_affine(tap, probes)
     shape, pixels, units = tuple(probes.shape[1:]), probes[0].numel(), tap.layer.units
     _refuse_if_too_large(tap, probes)
-    wide = _WideTap(
-        copy.deepcopy(tap.normalize).double().cpu(),
-        copy.deepcopy(tap.network).double().cpu(),
-        tap.layer,
-        torch.float64,
-    )
+    both = copy.deepcopy(nn.ModuleList([tap.normalize, tap.network])).double().cpu()
+    both.to(memory_format=torch.contiguous_format)
+    wide, images = _WideTap(both[0], both[1], tap.layer, torch.float64), probes.double().cpu()
+    course, _ = follow(wide, images[:2].contiguous(), both)
+    if course.script != affine_script(wide, shape):
+        raise _not_affine(tap, probes)
     offset = wide(torch.zeros(1, *shape, dtype=torch.float64))
     columns = []
     for part in torch.arange(pixels).split(max(1, CHUNK // units)):
@@ -129,7 +132,6 @@ def affine_map(tap: Tap, probes: Tensor, clock: Clock = ENDLESS) -> AffineMap:
         block[np.abs(block) < 1e-13 * np.abs(block).max(initial=1e-300)] = 0
         columns.append(sparse.csc_array(block.T))
     affine = AffineMap(sparse.hstack(columns).tocsr(), offset[0].numpy(), shape)
-    images = probes.double().cpu()
     for image, pre in zip(images, wide(images).numpy(), strict=True):
         missed = affine(image.flatten().numpy()) - pre
         if linalg.norm(missed) > 1e-9 * linalg.norm(pre):

@@ -1,25 +1,40 @@
 """A network as a list of steps, each of which is affine, moves numbers about, or bends at known
 places: what bounds and exact analysis work on.
 
-The list is read from a trace of a float64 copy on the CPU, by one reader for each operation, and
-is trusted no further than its logits agree with the network's own.
+The list is read from the course of a float64 copy on the CPU (`core.course`): from what the network
+itself computes, by one reader for each operation. That it takes the same course for every image is
+shown by the same network without values. What is read is trusted no further than it agrees with
+the network itself on images.
 """
 
 import copy
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_input
 
+from core.course import (
+    COPIES,
+    IMAGE,
+    RESHAPES,
+    Course,
+    Operation,
+    ReadsValues,
+    Value,
+    follow,
+    hollow,
+)
 from core.errors import CoreError
-from core.models import Normalize
+from core.taps import Layer, Tap, seems_affine
+
+# Numbers in the activations of images that are evaluated together: 256 MB.
+NUMBERS = 2**25
 
 
 class UnsupportedNetwork(CoreError):
@@ -108,30 +123,22 @@ class Program:
 
 @dataclass(frozen=True)
 class Call:
-    """A call that the trace met: of `module`, or of a function with `args` after its inputs."""
+    """An operation that the course has: `options` by name, inputs among them as `Value`s."""
 
     step: Step
-    module: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def options(self, *names: str) -> dict[str, Any]:
-        """What was given of the settings `names`, which stand in the function's order."""
-        if self.module is not None:
-            return {
-                name: getattr(self.module, name) for name in names if hasattr(self.module, name)
-            }
-        options = dict(zip(names, self.args, strict=False)) | self.kwargs
-        options.pop("inplace", None)
-        self.demand(set(options) <= set(names) and len(self.args) <= len(names))
-        return options
+    options: dict[str, Any]
 
     def demand(self, known: bool) -> None:
         if not known:
             raise UnsupportedNetwork(
-                f"No relaxation is known for {self.step.name}, {self.step.operation} with these "
+                f"No relaxation is known for {self.step.operation} ({self.step.name}) with these "
                 "settings, so nothing can be proved about this network."
             )
+
+    def constant(self, name: str) -> Any:
+        """An option that the image has no part in."""
+        self.demand(not isinstance(self.options[name], Value))
+        return self.options[name]
 
     def affine(
         self,
@@ -159,26 +166,55 @@ class Call:
         return replace(self.step, operation="rearrange", apply=apply)
 
 
-def read(normalize: nn.Module, network: nn.Module, shape: tuple[int, ...]) -> Program:
+@torch.no_grad()
+def read(
+    normalize: nn.Module,
+    network: nn.Module,
+    shape: tuple[int, ...],
+    images: Tensor | None = None,
+) -> Program:
     """The steps of a classifier of images of `shape` (C, H, W), on a float64 copy on the CPU.
 
+    Compared with the network itself on two random images and on `images` [N, C, H, W].
+
     Raises:
-        UnsupportedNetwork: it cannot be traced, or does something that no relaxation is known for.
+        UnsupportedNetwork: it cannot be followed, its course is not the same for every image, or it
+            does something that no relaxation is known for.
     """
     whole = copy.deepcopy(nn.Sequential(normalize, network))
-    whole.to("cpu", torch.float64).to(memory_format=torch.contiguous_format)
-    whole.eval().requires_grad_(False)
-    probe = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).double()
+    whole.to("cpu").to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+    probe = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
     try:
-        traced = fx.GraphModule(whole, _Tracer().trace(whole))
-        interpreter = fx.Interpreter(traced, garbage_collect_values=False)
-        logits = interpreter.run(probe.clone())
-    except Exception as error:  # what a network does when it is traced is anyone's guess
-        raise UnsupportedNetwork(f"This network cannot be traced: {error}") from error
-    program = _translate(traced, interpreter.env, shape)
-    # The trace and the readers are trusted no further than this.
-    if not (isinstance(logits, Tensor) and torch.allclose(evaluate(program, probe)[-1], logits)):
-        raise UnsupportedNetwork("This network, as it was traced, computes something else.")
+        own = next((p.dtype for p in whole.parameters()), torch.float32)
+        as_it_is, _ = follow(whole, probe.to(own, copy=True), whole)
+        whole.to(torch.float64)
+        course, logits = follow(whole, probe.double(), whole)
+        alone, _ = follow(whole, probe[:1].double(), whole)
+    except ReadsValues as error:
+        raise _depends("it reads what it computes") from error
+    except Exception as error:  # what a network does is anyone's guess
+        raise UnsupportedNetwork(f"This network cannot be followed: {_brief(error)}.") from error
+    try:
+        empty = hollow(whole)
+        without_values, _ = follow(empty, probe.double().to("meta"), empty)
+    except Exception as error:  # as what has no value can give none
+        raise _depends(_brief(error)) from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise UnsupportedNetwork("This network returns more than its logits.")
+    program = _translate(course, course.number_of(logits), shape)
+    if not as_it_is.script == course.script == without_values.script:
+        raise _depends("it takes another course")
+    if alone.outline != course.outline:
+        raise _depends("one image alone takes another course")
+    looked_at = probe.double()
+    if images is not None:
+        looked_at = torch.cat([looked_at, images.to("cpu", torch.float64)])
+    size = max(1, NUMBERS // program.floats)
+    for part in looked_at.split(size):
+        logits = torch.cat([whole(image[None].clone()) for image in part])
+        # The readers are trusted no further than this.
+        if not torch.allclose(evaluate(program, part)[-1], logits):
+            raise UnsupportedNetwork("This network, as it was read, computes something else.")
     return program
 
 
@@ -197,96 +233,133 @@ def evaluate(program: Program, images: Tensor) -> list[Tensor]:
     return values
 
 
-def _translate(
-    traced: fx.GraphModule, values: dict[fx.Node, Any], shape: tuple[int, ...]
-) -> Program:
+def is_affine(tap: Tap, probes: Tensor) -> bool:
+    """Whether the layer is affine in the image: proved, and tested on `probes` [2, C, H, W]."""
+    return affine_script(tap, tuple(probes.shape[1:])) is not None and seems_affine(tap, probes)
+
+
+def affine_script(tap: Tap, shape: tuple[int, ...]) -> list[Any] | None:
+    """The script of the way from images [2, *shape] to the layer, if all of it is affine.
+
+    Nothing is computed: the network is followed, without values, as far as the layer.
+    """
+    try:
+        course, pre = _follow_hollow(tap, shape, lambda tap, image: tap(image))
+        steps = _translate(course, course.number_of(pre), shape).steps
+    except Exception:  # what a network does without values is anyone's guess
+        return None
+    wanted = {len(steps) - 1}
+    for index in range(len(steps) - 1, 0, -1):
+        if index in wanted:
+            if steps[index].operation not in ("affine", "rearrange"):
+                return None
+            wanted.update(steps[index].inputs)
+    return course.script
+
+
+def proves_cut(tap: Tap, shape: tuple[int, ...]) -> bool:
+    """Whether the image has no way to the logits but through what the layer's activation takes in.
+
+    The network is followed, without values, with the layer's pre-activation replaced.
+    """
+
+    def pin(tap: Tap, image: Tensor) -> Tensor:
+        return tap.pinned(image, torch.empty(1, tap.layer.units, device="meta"))
+
+    try:
+        course, logits = _follow_hollow(tap, shape, pin)
+    except Exception:  # what a network does without values is anyone's guess
+        return False
+    return course.number_of(logits) not in course.descends
+
+
+def proves_mixing(tap: Tap, first: Layer, shape: tuple[int, ...]) -> bool:
+    """Whether `tap.observe_mixtures` is right, but for a network that remembers its batch's size.
+
+    `first` is the layer of the first activation: it must be affine in the image, and a cut.
+    """
+    beginning = replace(tap, layer=first)
+    return affine_script(beginning, shape) is not None and proves_cut(beginning, shape)
+
+
+def _follow_hollow(
+    tap: Tap, shape: tuple[int, ...], run: Callable[[Tap, Tensor], Tensor]
+) -> tuple[Course, Tensor]:
+    normalize, network = empty = hollow(nn.ModuleList([tap.normalize, tap.network]))
+    inside = replace(tap, normalize=normalize, network=network)
+    images = torch.empty(2, *shape, dtype=tap.dtype, device="meta")
+    return follow(lambda image: run(inside, image), images, empty)
+
+
+def _depends(reason: str) -> UnsupportedNetwork:
+    return UnsupportedNetwork(
+        "What this network computes depends on more than the shape of an image, as by a branch "
+        f"on its values, so nothing can be proved about it ({reason})."
+    )
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
+
+
+def _translate(course: Course, result: int, shape: tuple[int, ...]) -> Program:
+    """The steps from the image to number `result` of `course`."""
     steps = [Step("image", "image", (), shape, ())]
-    places: dict[fx.Node, int] = {}
-    for node in traced.graph.nodes:
-        if node.op == "output":
-            (result,) = node.args
-            if not isinstance(result, fx.Node) or result not in places:
-                raise UnsupportedNetwork("This network returns more than its logits.")
-            return Program(tuple(steps[: places[result] + 1]))
-        if not isinstance(values[node], Tensor) or node.op == "get_attr":
+    places = {IMAGE: 0}
+    constants = {number: course.values[number] for number in course.names}
+    for count, operation in enumerate(course.operations):
+        if result in places:
+            break
+        if course.descends.isdisjoint(operation.outputs):
+            # Weights as they are; what is computed from them is not known to all digits.
+            kept = operation.is_view or operation.function in COPIES
+            if kept and constants.keys() >= set(operation.inputs):
+                constants |= {number: course.values[number] for number in operation.outputs}
             continue
-        if node.op == "placeholder":
-            places[node] = 0
-            continue
-        call = _call(traced, node, values, places, steps)
+        call = _call(course, operation, count, places, constants, steps)
         step = READERS[call.step.operation](call)
         if step is None:
-            places[node] = call.step.inputs[0]
+            places[operation.outputs[0]] = call.step.inputs[0]
         else:
-            places[node] = len(steps)
+            places[operation.outputs[0]] = len(steps)
             steps.append(step)
-    raise UnsupportedNetwork("This network returns nothing.")
+    if result not in places:
+        raise UnsupportedNetwork("What this network returns does not depend on the image.")
+    return Program(tuple(steps[: places[result] + 1]))
 
 
 def _call(
-    traced: fx.GraphModule,
-    node: fx.Node,
-    values: dict[fx.Node, Any],
-    places: dict[fx.Node, int],
+    course: Course,
+    operation: Operation,
+    count: int,
+    places: dict[int, int],
+    constants: dict[int, Tensor],
     steps: list[Step],
 ) -> Call:
-    module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
-    kind = type(module) if module is not None else node.target
-    if kind not in OPERATIONS:
-        what = getattr(kind, "__name__", kind)
+    name = f"{operation.function}_{count}"
+    if operation.function not in OPERATIONS or not operation.outputs:
         raise UnsupportedNetwork(
-            f"No relaxation is known for {what} ({node.name}), so nothing can be proved about this "
-            "network."
+            f"No relaxation is known for {operation.function} ({name}), so nothing can be proved "
+            "about this network."
         )
-    first = node.args[0] if node.args else None
-    sources = list(first) if isinstance(first, (list, tuple)) else [first]
-    args = node.args[1:]
-    if OPERATIONS[kind] == "add":
-        sources, args = list(node.args), ()
-    inputs = tuple(places[s] for s in sources if isinstance(s, fx.Node) and s in places)
+    inputs = tuple(places[number] for number in operation.inputs if number in places)
+    output = course.values[operation.outputs[0]]
     call = Call(
         Step(
-            name=node.name,
-            operation=OPERATIONS[kind],
+            name=name,
+            operation=OPERATIONS[operation.function],
             inputs=inputs,
-            shape=tuple(values[node].shape[1:]),
+            shape=tuple(output.shape[1:]),
             shapes=tuple(steps[i].shape for i in inputs),
         ),
-        module,
-        tuple(_concrete(arg, values) for arg in args),
-        {name: _concrete(value, values) for name, value in node.kwargs.items()},
+        {
+            option: constants.get(value.number, value) if isinstance(value, Value) else value
+            for option, value in operation.options.items()
+        },
     )
-    call.demand(len(inputs) == len(sources) and len(values[node]) == 2)
-    if call.step.operation not in VIEWS:
-        call.demand(_is_sole_user(node, values))
-    if module is not None:  # whose hooks may change what comes out
-        call.demand(not module._forward_hooks and not module._forward_pre_hooks)
+    known = all(number in places or number in constants for number in operation.inputs)
+    call.demand(bool(inputs) and known and output.shape[:1] == course.values[IMAGE].shape[:1])
     return call
-
-
-def _concrete(argument: Any, values: dict[fx.Node, Any]) -> Any:
-    return fx.node.map_arg(argument, lambda node: values[node])
-
-
-def _storage(value: Any) -> int | None:
-    return value.untyped_storage().data_ptr() if isinstance(value, Tensor) else None
-
-
-def _is_sole_user(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
-    """Whether nobody else sees what `node` overwrites, if it works in place, or a view of it."""
-    seen: Any = node.args[0]
-    while isinstance(seen, fx.Node) and _storage(values[seen]) == _storage(values[node]):
-        if len(seen.users) > 1:
-            return False
-        seen = seen.args[0] if seen.args else None
-    return True
-
-
-class _Tracer(fx.Tracer):
-    """Leaves whole whatever has a reader."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in OPERATIONS or super().is_leaf_module(m, module_qualified_name)
 
 
 def transposed(
@@ -306,105 +379,146 @@ def transposed(
 
 
 def _read_linear(call: Call) -> Step:
-    weight, bias = call.module.weight, call.module.bias
+    """x @ weight, with a bias or without."""
+    x = "mat1" if "mat1" in call.options else "self"
+    call.demand(isinstance(call.options[x], Value) and len(call.step.shape) == 1)
+    call.demand(call.options.get("beta", 1) == call.options.get("alpha", 1) == 1)
+    weight = call.constant("mat2")
     return call.affine(
-        lambda x: x @ weight.T,
-        weight.shape[1],
-        absolute=lambda x: x @ weight.abs().T,
-        transpose=lambda c: [c @ weight],
-        bias=bias,
+        lambda x: x @ weight,
+        weight.shape[0],
+        absolute=lambda x: x @ weight.abs(),
+        transpose=lambda c: [c @ weight.T],
+        bias=call.constant("self") if x == "mat1" else None,
     )
 
 
 def _read_convolution(call: Call) -> Step:
-    module, (shape,) = call.module, call.step.shapes
-    call.demand(module.padding_mode == "zeros" and not isinstance(module.padding, str))
-    weight, absolute = module.weight, module.weight.abs()
-    settings = (module.stride, module.padding, module.dilation, module.groups)
+    (shape,), weight, bias = call.step.shapes, call.constant("weight"), call.constant("bias")
+    call.demand(not call.options["transposed"] and weight.dim() == 4)
+    settings = [call.options[name] for name in ("stride", "padding", "dilation", "groups")]
+    absolute = weight.abs()
     return call.affine(
         lambda x: functional.conv2d(x, weight, None, *settings),
         weight[0].numel(),
         absolute=lambda x: functional.conv2d(x, absolute, None, *settings),
         transpose=lambda c: [conv2d_input((len(c), *shape), weight, c, *settings)],
-        bias=None if module.bias is None else module.bias.view(-1, 1, 1),
+        bias=None if bias is None else bias.view(-1, 1, 1),
     )
 
 
 def _read_batch_norm(call: Call) -> Step:
-    module = call.module
-    call.demand(module.running_mean is not None)
-    gain = 1 / (module.running_var + module.eps).sqrt()
-    shift = torch.zeros_like(gain)
-    if module.affine:
-        gain, shift = gain * module.weight, module.bias
-    moved = module.running_mean * gain
-    return _scale(call, gain.view(-1, 1, 1), shift - moved, shift.abs() + moved.abs())
+    mean, variance = call.constant("running_mean"), call.constant("running_var")
+    call.demand(not call.options["training"] and mean is not None)
+    gain, shift = 1 / (variance + call.options["eps"]).sqrt(), torch.zeros_like(variance)
+    if (weight := call.constant("weight")) is not None:
+        gain = gain * weight
+    if (bias := call.constant("bias")) is not None:
+        shift = bias
+    channels = (-1, *[1] * (len(call.step.shape) - 1))
+    gain, shift, moved = (x.view(channels) for x in (gain, shift, mean * gain))
+    return _scale(call, gain, shift - moved, shift.abs() + moved.abs())
 
 
-def _read_normalize(call: Call) -> Step | None:
-    module = call.module
-    if module.identity and not module.reverse:
-        return None
-    order = (lambda x: x.flip(1)) if module.reverse else (lambda x: x)
-    return _scale(call, module.gain, module.offset, module.offset.abs(), order)
+def _read_addcmul(call: Call) -> Step:
+    """Normalisation: offset + x gain."""
+    call.demand(call.options["value"] == 1 and isinstance(call.options["tensor1"], Value))
+    return _scale(call, _number(call, "tensor2"), _number(call, "self"))
 
 
-def _scale(
-    call: Call,
-    gain: Tensor,
-    bias: Tensor,
-    bias_size: Tensor,
-    order: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Step:
-    """Channel by channel. Its constants are rounded up to six times."""
+def _scale(call: Call, gain: Tensor, bias: Tensor, bias_size: Tensor | None = None) -> Step:
+    """Number by number. The constants are rounded up to six times."""
+    call.demand(call.step.shapes == (call.step.shape,))
     return call.affine(
-        lambda x: order(x) * gain,
+        lambda x: x * gain,
         8,
-        absolute=lambda x: order(x) * gain.abs(),
-        bias=bias.view(-1, 1, 1),
-        bias_size=bias_size.view(-1, 1, 1),
+        absolute=lambda x: x * gain.abs(),
+        bias=bias,
+        bias_size=bias.abs() if bias_size is None else bias_size,
     )
 
 
+def _number(call: Call, name: str) -> Tensor:
+    """A constant, of a shape that suits each output."""
+    value = call.constant(name)
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=torch.float64)
+    if value.dim() > len(call.step.shape):
+        call.demand(len(value) == 1)
+        value = value[0]
+    return value
+
+
 def _read_add(call: Call) -> Step:
-    call.demand(not call.kwargs and call.step.shapes == (call.step.shape,) * 2)
-    return call.affine(operator.add, 2)
+    """x + y, x - y, and either with a constant."""
+    call.demand(call.options["alpha"] == 1)
+    subtracts = call.step.operation == "subtract"
+    if len(call.step.inputs) == 2:
+        call.demand(call.step.shapes == (call.step.shape,) * 2)
+        if subtracts:
+            return call.affine(torch.sub, 2, absolute=torch.add)
+        return call.affine(torch.add, 2)
+    one = torch.ones((), dtype=torch.float64)
+    if isinstance(call.options["other"], Value):
+        return _scale(call, -one if subtracts else one, _number(call, "self"))
+    other = _number(call, "other")
+    return _scale(call, one, -other if subtracts else other)
+
+
+def _read_turned(call: Call) -> Step:
+    """A constant minus x."""
+    call.demand(call.options["alpha"] == 1 and isinstance(call.options["self"], Value))
+    return _scale(call, -torch.ones((), dtype=torch.float64), _number(call, "other"))
+
+
+def _read_multiply(call: Call) -> Step:
+    name = "self" if isinstance(call.options["other"], Value) else "other"
+    return _scale(call, _number(call, name), torch.zeros((), dtype=torch.float64))
+
+
+def _read_divide(call: Call) -> Step:
+    call.demand(call.options.get("rounding_mode") is None)
+    return _scale(call, 1 / _number(call, "other"), torch.zeros((), dtype=torch.float64))
 
 
 def _read_cat(call: Call) -> Step:
-    dim = call.options("dim").get("dim", 0) % (len(call.step.shape) + 1)
-    call.demand(dim > 0)
+    dim = call.options["dim"] % (len(call.step.shape) + 1)
+    call.demand(dim > 0 and len(call.options["tensors"]) == len(call.step.inputs))
     return call.rearrange(lambda *xs: torch.cat(xs, dim))
 
 
 def _read_reshape(call: Call) -> Step:
     """Whatever leaves the batch alone: the values stay in their order."""
     shape = call.step.shape
+    call.demand(math.prod(shape) == math.prod(call.step.shapes[0]))
     return call.rearrange(lambda x: x.reshape(len(x), *shape))
+
+
+def _read_flip(call: Call) -> Step:
+    dims = [dim % (len(call.step.shape) + 1) for dim in call.options["dims"]]
+    call.demand(0 not in dims)
+    return call.rearrange(lambda x: x.flip(dims))
 
 
 def _read_average_pool(call: Call) -> Step:
     names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-    options = call.options(*names, "divisor_override")
-    call.demand(options.pop("divisor_override", None) is None)
+    call.demand(call.options["divisor_override"] is None)
+    options = {name: call.options[name] for name in names}
     terms = math.prod(call.step.shapes[0])
     return call.affine(lambda x: functional.avg_pool2d(x, **options), terms)
 
 
 def _read_adaptive_average_pool(call: Call) -> Step:
     """A mean over windows; that they may overlap changes nothing."""
-    options = call.options("output_size")
-    terms = math.prod(call.step.shapes[0])
-    return call.affine(lambda x: functional.adaptive_avg_pool2d(x, **options), terms)
+    size, terms = call.options["output_size"], math.prod(call.step.shapes[0])
+    return call.affine(lambda x: functional.adaptive_avg_pool2d(x, size), terms)
 
 
 def _read_mean(call: Call) -> Step:
-    options = call.options("dim", "keepdim")
-    dims = options.get("dim", 0)
     rank = len(call.step.shapes[0]) + 1
-    dims = [dim % rank for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
-    call.demand(0 not in dims)
-    keepdim = options.get("keepdim", False)
+    dims = [dim % rank for dim in call.options.get("dim") or [0]]
+    call.demand(0 not in dims and call.options["dtype"] is None)
+    keepdim = call.options["keepdim"]
     return call.affine(lambda x: x.mean(dims, keepdim=keepdim), math.prod(call.step.shapes[0]))
 
 
@@ -413,20 +527,14 @@ def _read_relu(call: Call) -> Step:
 
 
 def _read_clip(call: Call) -> Step:
-    names = ("min_val", "max_val")
-    options = call.options(*names)
-    call.demand(options.get("min_val", -1) == 0 and options.get("max_val", 1) > 0)
-    return replace(call.step, operation="clip", high=float(options["max_val"]))
-
-
-def _read_relu6(call: Call) -> Step:
-    return replace(call.step, operation="clip", high=6.0)
+    low, high = call.options["min_val"], call.options["max_val"]
+    call.demand(low == 0 and high > 0)
+    return replace(call.step, operation="clip", high=float(high))
 
 
 def _read_max_pool(call: Call) -> Step:
-    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-    options = call.options(*names)
-    call.demand(not options.pop("return_indices", False))
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    options = {name: call.options[name] for name in names}
     return replace(
         call.step,
         operation="max_pool",
@@ -446,7 +554,7 @@ def _windows(
     """[H' W', entries]: what each window sees, as indices into H x W; -1 is padding."""
     (_, height, width), (_, rows, columns) = step.shapes[0], step.shape
     kernel, strides, paddings, dilations = (
-        (value, value) if isinstance(value, int) else tuple(value)
+        (value, value) if isinstance(value, int) else (value[0], value[-1])
         for value in (kernel_size, stride or kernel_size, padding, dilation)
     )
     # In ceil mode the last windows reach past the padding.
@@ -462,54 +570,51 @@ def _windows(
 
 
 def _read_nothing(call: Call) -> None:
-    """In eval mode."""
-
-
-def _read_dropout(call: Call) -> None:
-    call.demand(call.module is not None or not call.options("p", "training").get("training", True))
+    """A copy."""
 
 
 READERS: dict[str, Callable[[Call], Step | None]] = {
     "linear": _read_linear,
     "convolution": _read_convolution,
     "batch_norm": _read_batch_norm,
-    "normalize": _read_normalize,
+    "addcmul": _read_addcmul,
     "relu": _read_relu,
-    "relu6": _read_relu6,
     "clip": _read_clip,
     "max_pool": _read_max_pool,
     "average_pool": _read_average_pool,
     "adaptive_average_pool": _read_adaptive_average_pool,
     "mean": _read_mean,
     "add": _read_add,
+    "subtract": _read_add,
+    "turned": _read_turned,
+    "multiply": _read_multiply,
+    "divide": _read_divide,
     "cat": _read_cat,
+    "flip": _read_flip,
     "reshape": _read_reshape,
-    "identity": _read_nothing,
-    "dropout": _read_dropout,
+    "copy": _read_nothing,
 }
 
-# Those whose result may be a view of the input; others that share its memory have written there.
-VIEWS = {"reshape", "identity", "dropout", "normalize"}
-
-# What a trace calls them: modules by type, functions, methods by name.
-OPERATIONS: dict[Any, str] = {
-    nn.Linear: "linear",
-    nn.Conv2d: "convolution",
-    nn.BatchNorm2d: "batch_norm",
-    Normalize: "normalize",
-    **dict.fromkeys((nn.ReLU, torch.relu, torch.relu_, functional.relu, "relu", "relu_"), "relu"),
-    **dict.fromkeys((nn.ReLU6, functional.relu6), "relu6"),
-    **dict.fromkeys((nn.Hardtanh, functional.hardtanh), "clip"),
-    **dict.fromkeys((nn.MaxPool2d, functional.max_pool2d, torch.max_pool2d), "max_pool"),
-    **dict.fromkeys((nn.AvgPool2d, functional.avg_pool2d), "average_pool"),
-    nn.AdaptiveAvgPool2d: "adaptive_average_pool",
-    functional.adaptive_avg_pool2d: "adaptive_average_pool",
-    **dict.fromkeys((torch.mean, "mean"), "mean"),
-    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), "add"),
-    **dict.fromkeys((torch.cat, torch.concat), "cat"),
-    **dict.fromkeys((nn.Flatten, torch.flatten, "flatten", "view", "reshape"), "reshape"),
-    **dict.fromkeys((nn.Identity, "contiguous"), "identity"),
-    **dict.fromkeys(
-        (nn.Dropout, nn.Dropout2d, functional.dropout, functional.dropout2d), "dropout"
-    ),
+# What torch's dispatcher calls them, in eval mode.
+OPERATIONS: dict[str, str] = {
+    "addmm": "linear",
+    "mm": "linear",
+    "convolution": "convolution",
+    "native_batch_norm": "batch_norm",
+    "addcmul": "addcmul",
+    "relu": "relu",
+    "hardtanh": "clip",
+    "max_pool2d_with_indices": "max_pool",
+    "avg_pool2d": "average_pool",
+    "_adaptive_avg_pool2d": "adaptive_average_pool",
+    "mean": "mean",
+    "add": "add",
+    "sub": "subtract",
+    "rsub": "turned",
+    "mul": "multiply",
+    "div": "divide",
+    "cat": "cat",
+    "flip": "flip",
+    **dict.fromkeys(RESHAPES, "reshape"),
+    **dict.fromkeys(COPIES, "copy"),
 }

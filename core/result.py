@@ -202,6 +202,12 @@ class Certificate(_Model):
     weights: list[float] | None
     reason: str | None
     float32_error: float | None
+    holds_in_float32: bool | None = Field(
+        None,
+        description="Whether `bound` is over twice `float32_error`, so that an evaluation in "
+        "float32 gives each point the class, too. Null where nothing is certified, and in results "
+        "of earlier versions.",
+    )
     edges: Edges | None = Field(
         None, description="Walked where the outcome is unknown and the network can be read."
     )
@@ -250,7 +256,15 @@ class Result(_Model):
     steps: int = Field(description="Taken until the last corner ended.")
     seconds: float = Field(description="Of the optimisation, company included.")
     measuring_seconds: float
-    cut: bool = Field(description="Whether the layer's activations decide the logits.")
+    cut: bool = Field(
+        description="Whether the layer's activations decide the logits: tested on sample images, "
+        "the source and the corners."
+    )
+    cut_proved: bool | None = Field(
+        None,
+        description="Whether that follows from the network's operations for every image, too. "
+        "Null in results of earlier versions.",
+    )
     warnings: list[str]
     notes: list[str] = Field(description="What was done to the images to fit the network.")
     layer: LayerResult
@@ -283,6 +297,8 @@ def claims(result: Result) -> Iterator[tuple[str, str]]:
         told = f"{proof.certified_fraction:.1%} of the hull of the {of}; {proof.reason}"
         if proof.outcome == "certified":
             told = f"every point between the {of} has a margin of at least {proof.bound:.3g}"
+            if proof.holds_in_float32 is not None:
+                told += ", in float32 too" if proof.holds_in_float32 else ", if not in float32"
         elif proof.outcome == "refuted":
             told = f"a point between the {of} has another class"
         walked = f"; {_walked(proof.edges)}" if proof.edges else ""

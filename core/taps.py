@@ -7,11 +7,14 @@ on the network.
 """
 
 import math
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -149,7 +152,8 @@ class Layer:
     `names` are all it answers to, the first being how we call it: the module whose output is
     clipped (`classifier.0`), or the call itself (`layer4.2.relu#2`, the third run of a shared
     module; `block.relu()`, a function called by `block`; max pools have no other). `shape` is one
-    image's f'.
+    image's f'. `places` are where that activation and those before it were called from: every pass
+    must come by there.
     """
 
     names: tuple[str, ...]
@@ -157,6 +161,7 @@ class Layer:
     activation: Activation
     shape: tuple[int, ...]
     producer: tuple[str, int] | None
+    places: "tuple[Place, ...]" = field(repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -233,11 +238,23 @@ class Tap:
 
     def _forward(self, images: Tensor, actions: "_Actions") -> Tensor:
         normalized = self.normalize(images).to(self.dtype)
-        with _AtCalls(actions) as calls:
+        with _AtCalls(actions, self) as calls:
             logits: Tensor = self.network(normalized)
         if calls.call < max(actions):
-            raise UntappableLayer(f"This time the network did not come to {self.layer.name!r}.")
+            raise self.lost()
         return logits
+
+    @cached_property
+    def paths(self) -> dict[int, str]:
+        """The network's modules by identity."""
+        return {id(module): path for path, module in self.network.named_modules()}
+
+    def lost(self) -> UntappableLayer:
+        return UntappableLayer(
+            f"Which activations this network calls depends on the image: this time it did not come "
+            f"to {self.layer.name!r} as before; take a layer before its first branch, or a network "
+            "that calls the same ones for every image."
+        )
 
 
 def tappable(network: nn.Module, normalized: Tensor) -> list[Layer]:
@@ -281,21 +298,31 @@ def true_name(network: nn.Module, normalized: Tensor, layer: Layer) -> str:
 
 
 @torch.no_grad()
-def is_cut(tap: Tap, target: Tensor, probe: Tensor) -> bool:
-    """Whether the layer's activation decides the logits.
+def is_cut(tap: Tap, target: Tensor, probes: Tensor) -> bool:
+    """Whether the layer's activation decides the logits, tested on images.
 
-    The test: `probe`, pinned to the activation of `target` (both [1, C, H, W], and different),
-    must get the logits of `target`. The error is measured against how far apart the two images'
-    own logits are, so that a network that hardly answers to its input does not seem all cuts.
+    The test: each of `probes` [N, C, H, W], pinned to the activation of `target` [1, C, H, W], must
+    get the logits of `target`. The error is measured against how far apart the images' own logits
+    are, so that a network that hardly answers to its input does not seem all cuts.
     """
-    pre, logits = tap.observe(torch.cat([target, probe]))
-    missed = tap.pinned(probe, pre[:1]) - logits[:1]
-    return bool(missed.norm() < ROUNDING * (logits[1] - logits[0]).norm())
+    pre, logits = tap.observe(torch.cat([target, probes]))
+    apart = float((logits[1:] - logits[:1]).norm(dim=1).max())
+    return pins(tap, pre[:1], logits[:1], probes, apart=apart)
 
 
 @torch.no_grad()
-def is_affine(tap: Tap, probes: Tensor) -> bool:
-    """Whether the layer is affine in the image, judged on the midpoint of `probes` [2, C, H, W]."""
+def pins(tap: Tap, pre: Tensor, logits: Tensor, probes: Tensor, *, apart: float) -> bool:
+    """Whether all of `probes` [N, C, H, W], pinned to `pre` [1, U], get `logits` [1, classes].
+
+    But for rounding, where logits of unrelated images are `apart`.
+    """
+    missed = (tap.pinned(probes, pre) - logits).norm(dim=1)
+    return float(missed.max()) < ROUNDING * apart
+
+
+@torch.no_grad()
+def seems_affine(tap: Tap, probes: Tensor) -> bool:
+    """Whether the layer is affine in the image, tested on the midpoint of `probes` [2, C, H, W]."""
     midpoint = tap(probes.mean(0, keepdim=True))
     return _relative_error(midpoint, tap(probes).mean(0, keepdim=True)) < ROUNDING
 
@@ -338,12 +365,41 @@ class _Reached(Exception):
     """Ends a forward pass that need not go on."""
 
 
-class _AtCalls(TorchFunctionMode):
-    """Passes f' of chosen calls through an action, then calls the activation on what it returns."""
+# Where an activation is called: paths of the modules around the call, and between them the code
+# that is at work, with how far it has come in it.
+Place = tuple[Any, ...]
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_MODULE_CALL = nn.Module._call_impl.__code__
 
-    def __init__(self, actions: _Actions) -> None:
+
+def _place(network: nn.Module, paths: Mapping[int, str]) -> Place:
+    """Where the activation that is being called now is called from, inside `network`.
+
+    torch's own code is left out: hooks lead through other lines of it.
+    """
+    place: list[Any] = []
+    frame = sys._getframe(1)
+    while frame := frame.f_back:  # type: ignore[assignment]
+        code = frame.f_code
+        if code is _MODULE_CALL:
+            module = frame.f_locals["self"]
+            place.append(paths.get(id(module)))
+            if module is network:
+                break
+        elif not code.co_filename.startswith(_TORCH):
+            place += code, frame.f_lasti
+    return tuple(place)
+
+
+class _AtCalls(TorchFunctionMode):
+    """Passes f' of chosen calls through an action, then calls the activation on what it returns.
+
+    Raises UntappableLayer where an activation is called from another place than `tap` knows.
+    """
+
+    def __init__(self, actions: _Actions, tap: Tap) -> None:
         super().__init__()
-        self.actions, self.call = actions, -1
+        self.actions, self.tap, self.call, self.last = actions, tap, -1, max(actions)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -351,6 +407,10 @@ class _AtCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _ACTIVATIONS and _activation_of(func, args, kwargs):
             self.call += 1
+            if self.call <= self.last and self.tap.layer.places[self.call] != _place(
+                self.tap.network, self.tap.paths
+            ):
+                raise self.tap.lost()
             if action := self.actions.get(self.call):
                 pre, rest, kwargs = _split(args, kwargs)
                 return func(action(pre), *rest, **kwargs)
@@ -360,8 +420,9 @@ class _AtCalls(TorchFunctionMode):
 class _Trace(TorchFunctionMode):
     """Lists the activations that a forward pass calls, with the modules around them."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
+        self.network, self.paths = network, {id(m): path for path, m in network.named_modules()}
         self.layers: list[Layer] = []
         self.inside: list[tuple[str, nn.Module]] = [("", nn.Identity())]
         self.runs: Counter[str] = Counter()
@@ -386,10 +447,10 @@ class _Trace(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _ACTIVATIONS and (activation := _activation_of(func, args, kwargs)):
-            self._note(activation, _split(args, kwargs)[0])
+            self._note(activation, _split(args, kwargs)[0], _place(self.network, self.paths))
         return func(*args, **kwargs)
 
-    def _note(self, activation: Activation, pre: Tensor) -> None:
+    def _note(self, activation: Activation, pre: Tensor, place: Place) -> None:
         pools = isinstance(activation, MaxPool)
         # What a pool takes in is mostly a ReLU's output, which is another layer's activation.
         made = None if pools else self.outputs.get(id(pre))
@@ -405,14 +466,18 @@ class _Trace(TorchFunctionMode):
         names = [_numbered(*producer), own] if producer else [own]
         names = [name for name in names if name not in self.taken]
         self.taken.update(names)
+        places = (*(self.layers[-1].places if self.layers else ()), place)
         self.layers.append(
-            Layer(tuple(names), len(self.layers), activation, tuple(pre.shape[1:]), producer)
+            Layer(
+                *(tuple(names), len(self.layers), activation, tuple(pre.shape[1:]), producer),
+                places=places,
+            )
         )
 
 
 @contextmanager
 def _watching(network: nn.Module) -> Iterator[_Trace]:
-    trace = _Trace()
+    trace = _Trace(network)
     handles = []
     for path, module in network.named_modules():
 

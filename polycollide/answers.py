@@ -155,6 +155,7 @@ class Layer(Answer):
     shape: list[int] = []
     units: int | None = None
     cut: bool | None = None
+    cut_proved: bool | None = None
 
 
 class Model(Answer):

@@ -86,7 +86,7 @@ def layers(model: str, weights: str | None, target: str | None, *, device: str |
         with Progress(console=aside, transient=True, disable=not aside.is_terminal) as bar:
             for layer in bar.track(job.describe(opened), description="layers"):
                 shape = " x ".join(map(str, layer.shape))
-                cut = "yes" if layer.cut else "no"
+                cut = ("yes" if layer.cut_proved else "tested") if layer.cut else "no"
                 counts = _target_columns(opened, layer, image) if image else ()
                 table.add_row(layer.name, layer.kind, shape, str(layer.units), cut, *counts)
     console.print(table)

@@ -21,8 +21,8 @@ from store.settings import Settings
 from .conftest import JOB, PATCH_SET, SPEC, Service, Worker, serve
 
 LAYERS = [
-    {"name": "fc1", "kind": "relu", "shape": [256], "units": 256, "cut": True},
-    {"name": "fc2", "kind": "relu", "shape": [256], "units": 256, "cut": True},
+    {"name": name, "kind": "relu", "shape": [256], "units": 256, "cut": True, "cut_proved": proved}
+    for name, proved in (("fc1", True), ("fc2", False))
 ]
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core import certify as certifying
+from core import program
 from core.certify import certify, margins_of, project_to_simplex, worst_point
 from core.interpolate import chunk
 from core.models import Model
@@ -243,7 +245,7 @@ def test_a_network_without_relaxation_is_unknown_by_name():
     found = certify(tap_of(network), torch.rand(3, 1, 2, 2), 0)
     assert found.outcome == "unknown"
     assert found.certified_fraction == 0
-    assert "Sigmoid" in found.reason
+    assert "sigmoid" in found.reason
 
 
 def test_a_network_that_would_take_too_much_memory_is_refused(monkeypatch, mlp, digits):
@@ -268,3 +270,145 @@ def test_the_same_hull_gives_the_same_certificate(cnn, digits):
     tap, corners = model_tap(cnn, digits), close_to(digits[6], 3, 0.3)
     first, second = (certify(tap, corners, 3, max_seconds=60) for _ in range(2))
     assert (first.bound, first.subsimplices) == (second.bound, second.subsimplices)
+
+
+# The network that is proved is the network
+
+
+class Bump(nn.Module):
+    """The margin of class 0 is 1, and -1 at a first pixel of 0.3, where `bumps` says so."""
+
+    def __init__(self, bumps):
+        super().__init__()
+        self.bumps = bumps
+        self.first, self.bends = nn.Linear(4, 3), nn.Linear(3, 2)
+        self.first.weight.data = torch.tensor([[1.0, 0, 0, 0]] * 3)
+        self.first.bias.data = -torch.tensor([0.2985, 0.3, 0.3015])
+        self.bends.weight.data = -torch.tensor([[1.0, -2, 1], [0, 0, 0]]) * 2 / 0.0015
+        self.flat = nn.Linear(3, 2)
+        self.flat.weight.data.zero_()
+        self.bends.bias.data = self.flat.bias.data = torch.tensor([1.0, 0])
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        h = self.relu(self.first(x.flatten(1)))
+        if self.bumps(x):
+            return self.bends(h)
+        return self.flat(h)
+
+
+def between_0_and_1(bumps) -> tuple[Tap, Tensor]:
+    corners = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2).clone()
+    network = Bump(bumps).eval().requires_grad_(False)
+    return open_tap(nn.Identity(), network, "relu", corners[:1]), corners
+
+
+def test_a_bump_that_only_real_tensors_meet_is_seen():
+    tap, corners = between_0_and_1(lambda x: isinstance(x, Tensor))
+    mixed = torch.tensor([0.0, 0.3, 1.0]).view(3, 1, 1, 1).expand(3, 1, 2, 2)
+    assert tap.logits(mixed).argmax(1).tolist() == [0, 1, 0]
+    assert certify(tap, corners, 0, max_seconds=30).outcome == "refuted"
+    flat, corners = between_0_and_1(lambda x: not isinstance(x, Tensor))
+    assert certify(flat, corners, 0).outcome == "certified"
+
+
+def near(value: float) -> bool:
+    return 0.2985 < value < 0.3015
+
+
+def tries(x: Tensor) -> bool:
+    try:
+        return near(float(x.mean()))
+    except RuntimeError:
+        return False
+
+
+def tries_unseen(x: Tensor) -> bool:
+    try:
+        return near(x.mean().tolist())
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+@pytest.mark.parametrize(
+    "bumps",
+    [
+        lambda x: near(float(x.mean())),
+        lambda x: near(x.mean()),
+        lambda x: near(x.mean().item()),
+        lambda x: near(x.numpy().mean()),
+        lambda x: near(np.mean(x.tolist())),
+        lambda x: torch.equal(x, torch.full_like(x, 0.3)),
+        lambda x: len(x[(x - 0.3).abs() < 0.0015]) > 0,
+        lambda x: x.device.type == "cpu" and near(x.numpy().mean()),
+        lambda x: type(x) is Tensor and near(float(x.mean())),
+        tries,
+        tries_unseen,
+        lambda x: x.dtype == torch.float32,
+        lambda x: len(x) == 1,
+    ],
+)
+def test_a_network_whose_course_is_not_the_same_for_every_image_is_not_certified(bumps):
+    tap, corners = between_0_and_1(bumps)
+    found = certify(tap, corners, 0)
+    assert found.outcome in ("unknown", "refuted")
+    if found.outcome == "unknown":
+        assert "nothing can be proved" in found.reason
+
+
+def test_what_was_read_is_compared_with_the_network_on_the_hull(monkeypatch):
+    """A reader that is wrong between the corners, where random images are not."""
+    tap, corners = between_0_and_1(lambda x: True)
+    corners = 2 + corners  # random images are in [0, 1]
+    assert certify(tap, corners, 0).outcome == "certified"
+    real = program.evaluate
+
+    def wrong(read, images):
+        values = real(read, images)
+        return [*values[:-1], values[-1] + (images.flatten(1)[:, :1] > 1.5)]
+
+    monkeypatch.setattr(program, "evaluate", wrong)
+    found = certify(tap, corners, 0)
+    assert found.outcome == "unknown" and "computes something else" in found.reason
+
+
+def test_reading_in_one_thread_leaves_networks_in_others_alone(cnn, digits):
+    """fx patches torch's modules for all threads."""
+    ended = threading.Event()
+    failed = []
+
+    def use() -> None:
+        while not ended.is_set():
+            try:
+                cnn.classifier(digits[:1])
+            except Exception as error:
+                failed.append(error)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    try:
+        for _ in range(5):
+            program.read(cnn.classifier.normalize, cnn.classifier.network, (1, 28, 28))
+    finally:
+        ended.set()
+        thread.join()
+    assert not failed
+
+
+@pytest.mark.parametrize(("bound", "holds"), [(0.388, False), (1.02, False), (1.03, True)])
+def test_a_bound_holds_in_float32_where_it_is_over_twice_the_error(bound, holds):
+    proved = certifying.Certificate("certified", bound, 1, 1.0, 0.1, float32_error=0.513)
+    assert proved.holds_in_float32 is holds
+    unknown = certifying.Certificate("unknown", bound, 1, 0.5, 0.1)
+    assert unknown.holds_in_float32 is None
+
+
+def test_a_midpoint_that_float64_does_not_have_is_refused():
+    tap, corners = tent(1, 2)
+    search = certifying._Search(tap, corners, 0, 1.0, 10, lambda: None)
+    exact = torch.tensor([[[1.0, 0.0], [0.25, 0.75]]], dtype=torch.float64)
+    assert search._bisect(exact)[0].tolist() == [[0.625, 0.375], [0.25, 0.75]]
+    least = 2.0**-53
+    inexact = torch.tensor([[[1.0, 0.0], [least, 1 - least]]], dtype=torch.float64)
+    assert float(inexact.sum(2).sub(1).abs().max()) == 0
+    assert search._bisect(inexact) is None

@@ -27,7 +27,7 @@ from core.images import load, read, sample_names
 from core.job import Job, Subject, prepare
 from core.objective import Losses, Target
 from core.spec import CollisionSpec
-from core.taps import Clip, Layer, Tap
+from core.taps import Clip, Tap, open_tap
 
 CPU = torch.device("cpu")
 QUICK = {"snapshots": 0, "interpolation": {"samples": 0}, "ball_samples": 0, "figures": False}
@@ -70,8 +70,7 @@ def tiny_tap(weight: torch.Tensor) -> Tap:
     network.requires_grad_(False)
     with torch.no_grad():
         network[1].weight.copy_(weight)
-    layer = Layer(("1",), 0, Clip(), (len(weight),), ("1", 0))
-    return Tap(nn.Identity(), network, layer)
+    return open_tap(nn.Identity(), network, "2", torch.zeros(1, 1, 1, weight.shape[1]))
 
 
 def tiny_group(tap: Tap, optimizer: str, **settings) -> Group:

@@ -42,7 +42,7 @@ from core.polytope import (
     affine_map,
     collision_error,
 )
-from core.taps import Tap, open_tap
+from core.taps import Tap, open_tap, seems_affine
 
 Floats = NDArray[np.float64]
 ROOT = Path(__file__).parents[2]
@@ -172,6 +172,43 @@ def test_a_layer_that_bends_elsewhere_than_between_the_probes_is_refused() -> No
     probes = 0.6 + 0.4 * torch.rand(2, 1, 2, 2)
     with pytest.raises(NotAffine, match=r"this network has no layer that is\.$"):
         affine_map(open_tap(nn.Identity(), network, "1", probes[:1]), probes)
+
+
+def test_a_layer_that_bends_in_the_box_but_at_no_probe_is_refused() -> None:
+    """A ReLU with a bias of 1 and weights of -0.02: one-pixel images leave it on."""
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(100, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)
+    )
+    network[1].weight.data.fill_(-0.02)
+    network[1].bias.data.fill_(1.0)
+    network.requires_grad_(False)
+    probes = 0.3 * torch.rand(2, 1, 10, 10, generator=torch.Generator().manual_seed(0))
+    tap = open_tap(nn.Identity(), network, "3", probes[:1])
+    assert seems_affine(tap, probes)
+    with pytest.raises(NotAffine, match=r"^Layer '3' is not affine .*; take '1'\.$"):
+        affine_map(tap, probes)
+    assert (tap(torch.ones(1, 1, 10, 10)) - network[3].bias).abs().max() < 1e-6  # all is off
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda x: (x - 0.1307) / 0.3081,
+        lambda x: 1 - x.flip(3) * 2,
+        lambda x: F.avg_pool2d(1 * x, 1).contiguous(),
+    ],
+)
+def test_what_is_affine_by_its_operations_is_taken(begin: Any) -> None:
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return begin(x)
+
+    network = nn.Sequential(Own(), nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    network.requires_grad_(False)
+    probes = torch.rand(2, 1, 2, 2)
+    tap = open_tap(nn.Identity(), network, "2", probes[:1])
+    found = affine_map(tap, probes)(probes[0].flatten().double().numpy())
+    np.testing.assert_allclose(found, tap(probes[:1])[0].numpy(), atol=1e-6)
 
 
 def test_a_first_convolution_of_imagenet_is_refused_before_it_starts() -> None:

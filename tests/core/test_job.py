@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_the_papers_setting_collides_everywhere_and_in_8_bits(paper):
     _, outcome = paper
     result = outcome.result
     assert result.converged
-    assert result.cut
+    assert result.cut and result.cut_proved
     assert (result.source.class_, result.target.class_) == ("3", "7")
     assert len(result.corners) == 5
     assert all(corner.l_pos < 5 for corner in result.corners)
@@ -401,6 +402,33 @@ def test_a_layer_that_is_no_cut_is_warned_of(layer, cut):
         assert subject.cut
 
 
+class Opening(nn.Module):
+    """Around `fc1` leads a way that only bright images take: no sample digit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2 = nn.Linear(784, 30), nn.Linear(30, 10)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.fc2(self.fc1(x).relu()) + 9 * (x.mean(1, keepdim=True) - 0.6).relu() * x[:, :10]
+
+
+def test_a_side_path_that_only_the_jobs_own_images_open_makes_it_no_cut():
+    spec, shipped = subject_of(corners=2, max_steps=5)
+    model = replace(shipped.model, classifier=Classifier(Normalize("L"), Opening()))
+    subject = job.Subject.of(model, spec)
+    assert (subject.cut, subject.cut_proved) == (True, False)
+    source, target = digit(subject, "3-0"), digit(subject, "7-0")
+    result = run_alone(subject, spec, source, target)[1].result
+    assert (result.cut, result.cut_proved) == (True, False)
+    bright = replace(source, pixels=np.ones_like(source.pixels))
+    result = run_alone(subject, spec, bright, target)[1].result
+    assert (result.cut, result.cut_proved) == (False, False)
+    assert any("'fc1' is no cut" in said for said in result.warnings)
+
+
 def test_a_relative_beta_is_in_units_of_the_active_features(paper):
     goal = paper[0].goal
     active = goal.pre[goal.active].double().numpy()
@@ -459,6 +487,7 @@ def test_layers_are_described_in_plain_values_with_every_name_that_opens_them():
         "shape": [16, 28, 28],
         "units": 16 * 28 * 28,
         "cut": True,
+        "cut_proved": True,
         "affine": True,
     }
     probe = job.reference_images(model)[:1]
@@ -636,7 +665,10 @@ def test_a_certificate_is_of_the_hull_that_was_asked_for(hull):
     proof = found.result.certificate
     assert (proof.outcome, proof.hull, proof.certified_fraction) == ("certified", hull, 1)
     assert 0 < proof.bound <= found.result.worst.margin
-    assert dict(claims(found.result))["Proof"].startswith("certified: every point")
+    assert proof.holds_in_float32 is (proof.bound > 2 * proof.float32_error)
+    said = dict(claims(found.result))["Proof"]
+    assert said.startswith("certified: every point")
+    assert said.endswith(", in float32 too")
 
 
 def test_a_violation_is_shown_and_refutes():

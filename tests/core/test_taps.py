@@ -22,7 +22,8 @@ from torch.overrides import _get_current_function_mode_stack
 from core import images
 from core.errors import UnknownName, UntappableLayer
 from core.models import ASSETS, Classifier, Model, Normalize
-from core.taps import Clip, MaxPool, Tap, is_affine, is_cut, mixes, open_tap, tappable
+from core.program import is_affine, proves_cut, proves_mixing
+from core.taps import Clip, MaxPool, Tap, is_cut, mixes, open_tap, tappable
 
 Floats = NDArray[np.float64]
 
@@ -972,6 +973,67 @@ def test_a_network_that_does_not_come_to_its_layer_is_refused() -> None:
         tap(batch(2, *SMALL))
 
 
+class OnlyBright(nn.Module):
+    """Its first ReLU is called for bright images only; `shared` is called for both layers."""
+
+    def __init__(self, *, function: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2, self.fc3 = (nn.Linear(6, 6) for _ in range(3))
+        self.shared, self.function = nn.ReLU(), function
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        clip = F.relu if self.function else self.shared
+        h = self.fc1(x.flatten(1))
+        if x.mean() > 0.5:
+            h = clip(h)
+        h = clip(self.fc2(h))
+        return self.fc3(h).relu()
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_a_network_that_calls_another_activation_on_another_image_is_refused(
+    function: bool,
+) -> None:
+    network = OnlyBright(function=function)
+    dark, bright = torch.full((1, *SMALL), 0.2), torch.full((1, *SMALL), 0.8)
+    tap = open_tap(AS_IS, network, "fc2", dark)
+    wanted = in_float64(network.fc2, torch.from_numpy(in_float64(network.fc1, dark)))
+    np.testing.assert_allclose(tap(dark).numpy(), wanted, **CLOSE)
+    for call in (
+        lambda: tap(bright),
+        lambda: tap.observe(bright),
+        lambda: tap.pinned(bright, tap(dark)),
+        lambda: tap.observe_mixtures(bright, torch.ones(1, 1)),
+        lambda: is_cut(tap, dark, bright),
+    ):
+        with pytest.raises(UntappableLayer, match=r"depends on the image: .* 'fc2' as before"):
+            call()
+    # One that comes as many times, but later: the second activation is another one, too.
+    last = open_tap(AS_IS, network, "relu()" if not function else "relu()#1", dark)
+    with pytest.raises(UntappableLayer, match="depends on the image"):
+        last(bright)
+
+
+class Swaps(OnlyBright):
+    """As many calls for every image, of other layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.flatten(1)
+        for layer in (self.fc1, self.fc2) if x.mean() > 0.5 else (self.fc2, self.fc1):
+            h = layer(h)
+            h = self.shared(h) if layer is self.fc1 else h.relu()
+        return self.fc3(h)
+
+
+def test_as_many_calls_from_other_places_are_not_the_same() -> None:
+    network = Swaps(function=False)
+    tap = open_tap(AS_IS, network, "fc1", torch.full((1, *SMALL), 0.2))
+    with pytest.raises(UntappableLayer, match="depends on the image"):
+        tap(torch.full((1, *SMALL), 0.8))
+
+
 def test_in_place_clips_do_not_reach_what_was_read() -> None:
     """Behind an in-place ReLU that runs for the layer, f' as it was is what observe gives."""
     network, tap = guarded()
@@ -1015,7 +1077,8 @@ def test_the_squeeze_of_a_fire_module_is_a_cut_and_a_branch_is_not(
     squeezenet: nn.Module, name: str, cut: bool
 ) -> None:
     x = batch(2, 3, 96, 96)
-    assert is_cut(open_tap(AS_IS, squeezenet, name, x[:1]), x[:1], x[1:]) == cut
+    tap = open_tap(AS_IS, squeezenet, name, x[:1])
+    assert is_cut(tap, x[:1], x[1:]) == cut == proves_cut(tap, (3, 96, 96))
 
 
 @pytest.mark.parametrize(
@@ -1032,14 +1095,58 @@ def test_a_residual_block_is_a_cut_at_its_end_and_not_inside(
     resnet: nn.Module, name: str, cut: bool
 ) -> None:
     x = batch(2, 3, 40, 40)
-    assert is_cut(open_tap(AS_IS, resnet, name, x[:1]), x[:1], x[1:]) == cut
+    tap = open_tap(AS_IS, resnet, name, x[:1])
+    assert is_cut(tap, x[:1], x[1:]) == cut == proves_cut(tap, (3, 40, 40))
 
 
 def test_all_layers_of_the_mnist_networks_are_cuts(
     by_name: dict[str, Model], digits: Tensor
 ) -> None:
     for name, layer in MNIST_LAYERS:
-        assert is_cut(tap_of(by_name[name], layer, digits[:1]), digits[:1], digits[6:7])
+        tap = tap_of(by_name[name], layer, digits[:1])
+        assert is_cut(tap, digits[:1], digits[6:7]) and proves_cut(tap, (1, 28, 28))
+
+
+class SidePath(nn.Module):
+    """A way around `fc` that only bright images take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(6, 3)
+        self.fc.bias.data += 1
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return self.fc(x).relu() + (x.mean(1, keepdim=True) - 0.8).relu()
+
+
+def test_a_cut_that_images_do_not_refute_is_not_proved_where_a_way_leads_around_it() -> None:
+    network, x = SidePath(), batch(3, *SMALL)
+    tap = open_tap(AS_IS, network, "fc", x[:1])
+    assert is_cut(tap, x[:1], x[1:])
+    assert not proves_cut(tap, SMALL)
+    assert not is_cut(tap, x[:1], torch.cat([x[1:], torch.ones(1, *SMALL)]))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda n, x: n.fc(x.flatten(1)).relu() + n.kept,  # of an earlier pass, or of this image
+        lambda n, x: n.fc(x.flatten(1)).relu() + torch.rand(3),
+        lambda n, x: n.fc(x.flatten(1)).relu() + float(x.mean() > 2),
+        lambda n, x: n.fc(x.flatten(1)).relu() + x.data.mean() * 0,
+    ],
+)
+def test_no_cut_is_proved_of_what_is_not_followed(forward: Any) -> None:
+    network = SidePath()
+    network.kept = torch.zeros(3)
+    tap = open_tap(AS_IS, network, "fc", batch(1, *SMALL))
+    assert proves_cut(tap, SMALL) is False  # of SidePath itself
+    network.__class__ = type("Odd", (SidePath,), {"forward": forward})
+    tap = open_tap(AS_IS, network, "relu()", batch(1, *SMALL))
+    assert not proves_cut(tap, SMALL)
 
 
 class Faint(nn.Module):
@@ -1113,6 +1220,8 @@ def assert_mixes(tap: Tap, corners: Tensor) -> None:
         assert value.shape == truth.shape
         assert (value - truth).norm() < 1e-4 * truth.norm()
     assert mixes(tap, corners)
+    first = tappable(tap.network, tap.normalize(corners[:1]))[0]
+    assert proves_mixing(tap, first, tuple(corners.shape[1:]))
 
 
 @pytest.mark.parametrize("corners", [1, 2, 4, 5])
