@@ -124,6 +124,7 @@ class Job:
     group: Group
     polytope: LayerPolytope | None = None
     patch_set_sha256: str | None = None
+    supplier: str | None = None  # the image of the set that most windows have their patches of
 
 
 @dataclass(frozen=True)
@@ -270,9 +271,12 @@ def prepare(
             beta=_beta(spec, goal),
             negative=spec.negative,
         )
-    patches = None
+    patches, supplier = None, None
     if neighbours and windows:
         addresses = nearest_patches(neighbours, windows, spec, source, on_part)
+        taken = np.bincount(addresses[:, 0])
+        if 2 * taken.max() > len(addresses):
+            supplier = neighbours.patches.manifest.images[int(taken.argmax())].name
         patches = compose(neighbours.patches, addresses, windows, subject.device)
     group = Group(
         key=key,
@@ -298,6 +302,7 @@ def prepare(
     return Job(
         *(spec, source, target, goal, units, seen_source, seen_target, group, polytope),
         patch_set_sha256=neighbours.patches.sha256 if neighbours else None,
+        supplier=supplier,
     )
 
 
@@ -308,11 +313,14 @@ def nearest_patches(
     source: images.Loaded,
     on_part: Callable[[], object] = lambda: None,
 ) -> NDArray[np.int64]:
-    """The address [W, 3] of the nearest patch of each window of the source."""
+    """The address [W, 3] of the nearest patch of each window of the source.
+
+    Unless the spec says so, none is the source's own, in whatever file the set has that picture.
+    """
     n = neighbours.patches.geometry.size
     pixels = images.to_8bit(source.pixels).transpose(1, 2, 0)
     cut = np.stack([pixels[y : y + n, x : x + n] for y, x in windows.positions])
-    own = () if spec.patches.source else (source.sha256,)
+    own = () if spec.patches.source else neighbours.patches.like(source)
     found, _ = neighbours.nearest(cut, exclude=own, on_part=on_part)
     return found[:, 0]
 

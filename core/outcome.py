@@ -362,6 +362,11 @@ def _warnings(subject: Subject, job: Job, solved: Exact | None, cut: bool) -> li
             f"Layer {subject.tap.layer.name!r} is no cut: other paths lead around it, so sharing "
             "its activations does not decide the class."
         )
+    if job.supplier and not job.spec.patches.source:
+        warnings.append(
+            f"Most windows have the nearest patch from one image, {job.supplier!r}: if it shows "
+            "what the source shows, take it out of the patch set."
+        )
     if solved and not solved.dimension:
         warnings.append("The exact polytope is the target alone: the layer leaves no other image.")
     if job.spec.objective == "plain" and job.spec.corners > 1:

@@ -43,7 +43,6 @@ EXACT_UP_TO = 100_000  # patches; a seed image's 289 then take seconds to search
 LEAST_INDEXED = 256  # patches: of fewer a quantiser of 8 bits learns nothing
 BLOCK_BYTES = 64 * 2**20  # of patches as floats that are in memory at a time
 CANDIDATES = 256  # ranked by their pixels; what is missed with so many, the index misses itself
-SPARE = 16  # candidates of the exact search, whose float32 rounds
 DIMENSIONS, CODES = 64, 32  # of the projection, and bytes that are kept of it
 SAMPLE = 16_384  # patches whose principal components are taken
 QUERIES = 256  # that an index is asked for at a time: seconds of exact search, and of faiss
@@ -128,8 +127,9 @@ class Neighbours:
 
         Distances [Q, k] are those of pixels in [0, 1], exact for the patches given. `exclude` has
         the sha256 of images whose patches do not count; those that the set does not have are no
-        error. Of equals, the one with the smaller address comes first. `on_part` is called after
-        each query. Raises TooFewPatches, IndexFailed, and ValueError for queries of another
+        error. Of equals, the one with the smaller address comes first: of all that there are where
+        the search is exact, of its candidates where an index gives some only. `on_part` is called
+        after each query. Raises TooFewPatches, IndexFailed, and ValueError for queries of another
         shape or type.
         """
         patches, size = self.patches, self.patches.geometry.size
@@ -211,8 +211,8 @@ class Exact:
         return {}
 
     def candidates(self, queries: Bytes, count: int, excluded: Ids) -> Ids:
-        count += SPARE
         moved = queries.astype(np.float32) - MIDDLE
+        lengths, longest = np.linalg.norm(moved, axis=1), np.float32(0)
         best = np.full((len(queries), 0), np.inf, dtype=np.float32)
         found = np.full((len(queries), 0), -1)
         for block_ids in _blocks(self.patches):
@@ -222,11 +222,19 @@ class Exact:
             block = self.patches.flat(ids).astype(np.float32)
             block -= MIDDLE
             # ||q - p||^2 but for ||q||^2, which is the same for all p.
-            score = np.einsum("pd,pd->p", block, block) - 2 * (moved @ block.T)
+            squares = np.einsum("pd,pd->p", block, block)
+            score = squares - 2 * (moved @ block.T)
+            longest = max(longest, np.sqrt(squares.max()))
             best = np.concatenate([best, score], axis=1)
             found = np.concatenate([found, np.broadcast_to(ids, score.shape)], axis=1)
             if best.shape[1] > count:
-                kept = np.argpartition(best, count - 1, axis=1)[:, :count]
+                # All that rounding may have put behind the last that counts stay, and so do its
+                # equals, however many: of these the one with the smallest address is to be given.
+                last = np.partition(best, count - 1, axis=1)[:, count - 1]
+                rounding = moved.shape[1] * np.finfo(np.float32).eps
+                last += 2 * rounding * (longest**2 + 2 * longest * lengths)
+                most = int((best <= last[:, None]).sum(axis=1).max())
+                kept = np.argpartition(best, most - 1, axis=1)[:, :most]
                 best = np.take_along_axis(best, kept, axis=1)
                 found = np.take_along_axis(found, kept, axis=1)
         return found

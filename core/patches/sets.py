@@ -37,7 +37,7 @@ from core import images
 from core.errors import CoreError, InvalidImage, UnknownName
 from core.images import Preprocessing
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST, PIXELS, JOURNAL, LOCK = "set.json", "images.u8", "building.jsonl", "patch-set"
 UNFINISHED = ".new"  # ends the names of files that are being written
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -119,10 +119,13 @@ class Geometry:
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image of the set: its file, relative to the folder, and the sha256 of that file."""
+    """An image of the set: its file, relative to the folder, the sha256 of that file, and its
+    thumbnail (`images.Loaded.thumbnail`) in hexadecimal digits.
+    """
 
     name: str
     sha256: str
+    thumbnail: str
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,15 @@ class PatchSet:
     def numbers(self) -> dict[str, int]:
         """The number of each image, by its sha256."""
         return {image.sha256: i for i, image in enumerate(self.manifest.images)}
+
+    def like(self, image: images.Loaded) -> list[str]:
+        """The sha256 of all images of the set that are this one: its file, or its picture."""
+        return [
+            stored.sha256
+            for stored in self.manifest.images
+            if stored.sha256 == image.sha256
+            or images.alike(bytes.fromhex(stored.thumbnail), image.thumbnail)
+        ]
 
     def addresses(self, ids: Ids) -> Ids:
         """The addresses [..., 3] of patches by their ids [...]."""
@@ -405,10 +417,10 @@ class _Store:
 
     def __init__(self, folder: Path, geometry: Geometry, lines: list[dict[str, Any]]) -> None:
         self.geometry, self.lines = geometry, lines
-        self.first: dict[str, str] = {}  # the file that has these bytes, by sha256
+        self.first: dict[str, StoredImage] = {}  # by sha256, of files with the same bytes the first
         for line in lines:
             if "sha256" in line:
-                self.first.setdefault(line["sha256"], line["name"])
+                self.first.setdefault(line["sha256"], StoredImage(**line))
         self.pixels: BinaryIO = (folder / PIXELS).open("ab")
         self.journal: BinaryIO = (folder / JOURNAL).open("ab")
 
@@ -443,17 +455,18 @@ class _Store:
         with suppress(OSError):
             self.journal.close()
 
-    def add(self, looked_at: list[tuple[str, str, Bytes | str]]) -> None:
-        """Keeps files (name, sha256, pixels or why there are none), in order."""
-        lines = []
-        for name, sha256, found in looked_at:
-            if isinstance(found, str):
-                lines.append({"name": name, "skipped": found})
+    def add(self, looked_at: list[tuple[StoredImage, Bytes] | Skipped]) -> None:
+        """Keeps images with their pixels, and files that have none, in order."""
+        lines: list[dict[str, Any]] = []
+        for found in looked_at:
+            if isinstance(found, Skipped):
+                lines.append({"name": found.name, "skipped": found.reason})
                 continue
-            if sha256 not in self.first:
-                self.first[sha256] = name
-                self.pixels.write(found.tobytes())
-            lines.append({"name": name, "sha256": sha256})
+            image, pixels = found
+            if image.sha256 not in self.first:
+                self.first[image.sha256] = image
+                self.pixels.write(pixels.tobytes())
+            lines.append(asdict(image))
         sync(self.pixels)
         self.journal.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         sync(self.journal)
@@ -461,7 +474,7 @@ class _Store:
 
     def manifest(self, name: str, asked: dict[str, Any]) -> Manifest:
         """What is known when all files have been looked at; without the index."""
-        stored = [StoredImage(name=n, sha256=s) for s, n in self.first.items()]
+        stored = list(self.first.values())
         return Manifest(
             schema_version=SCHEMA_VERSION,
             name=name,
@@ -473,9 +486,9 @@ class _Store:
             files={},
             images=tuple(stored),
             duplicates=tuple(
-                Duplicate(name=line["name"], of=self.first[line["sha256"]])
+                Duplicate(name=line["name"], of=self.first[line["sha256"]].name)
                 for line in self.lines
-                if "sha256" in line and self.first[line["sha256"]] != line["name"]
+                if "sha256" in line and self.first[line["sha256"]].name != line["name"]
             ),
             skipped=tuple(
                 Skipped(name=line["name"], reason=line["skipped"])
@@ -490,15 +503,17 @@ def _read_images(store: _Store, directory: Path, files: list[str], report: Repor
     resize = store.geometry.resize
     prepare = Preprocessing("RGB", size=(resize, resize), resize=resize)
 
-    def look_at(name: str) -> tuple[str, str, Bytes | str]:
+    def look_at(name: str) -> tuple[StoredImage, Bytes] | Skipped:
         path = str(directory.absolute() / name)
         shown = name.encode("utf-8", "backslashreplace").decode()  # not every name is Unicode
         try:
             _, data = images.read(path)
             loaded = images.load(shown, data, prepare)
         except InvalidImage as error:
-            return shown, "", str(error).replace(repr(path), repr(shown))  # a set names no places
-        return shown, loaded.sha256, images.to_8bit(loaded.pixels).transpose(1, 2, 0)
+            # A set names no places.
+            return Skipped(shown, str(error).replace(repr(path), repr(shown)))
+        image = StoredImage(shown, loaded.sha256, loaded.thumbnail.hex())
+        return image, images.to_8bit(loaded.pixels).transpose(1, 2, 0)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes beside Python's lock
         for start in range(len(store.lines), len(files), CHUNK):

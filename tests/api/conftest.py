@@ -254,6 +254,7 @@ def made_up_result(claimed: Claimed) -> dict[str, Any]:
         "seconds": 1.5,
         "measuring_seconds": 0.2,
         "cut": True,
+        "cut_proved": True,
         "warnings": [],
         "notes": [],
         "layer": {"name": "fc1", "shape": [256], "units": 256, "active": 60},

@@ -1,11 +1,12 @@
 """How many rows are tried: stand-ins that are slow, or short of memory, beside the real network."""
 
+import copy
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from core.capacity import MOST, SECONDS, rows_worth
 from core.job import Subject
@@ -21,23 +22,11 @@ def subject() -> Subject:
     return Subject.open(SPEC, torch.device("cpu"))
 
 
-class Hindered(nn.Module):
-    """The network of `tap`, behind what `hinder` does with the number of rows."""
-
-    def __init__(self, network: nn.Module, hinder) -> None:
-        super().__init__()
-        self.network, self.hinder = network, hinder
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.hinder(len(x))
-        return self.network(x)
-
-
-def hindered(subject: Subject, hinder) -> Subject:
-    tap = subject.tap
-    return replace(
-        subject, working_tap=Tap(tap.normalize, Hindered(tap.network, hinder), tap.layer)
-    )
+def hindered(subject: Subject, hinder: Callable[[int], object]) -> Subject:
+    """With `hinder` called with the number of rows before each pass of the network."""
+    tap, network = subject.tap, copy.deepcopy(subject.tap.network)
+    network.register_forward_pre_hook(lambda _, inputs: hinder(len(inputs[0])) and None)
+    return replace(subject, working_tap=Tap(tap.normalize, network, tap.layer))
 
 
 def test_a_small_network_is_worth_many_rows(subject):

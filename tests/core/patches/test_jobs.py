@@ -1,12 +1,15 @@
 """Jobs whose corners are composed of patches, on a small colour network with random weights."""
 
+import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional
 
@@ -14,13 +17,14 @@ from core import images, models
 from core.engine import Engine
 from core.errors import InvalidSpec, UnknownName
 from core.images import Preprocessing
-from core.job import Job, Subject, prepare
+from core.job import Job, Subject, nearest_patches, prepare
 from core.models import Classifier, Model, Normalize
 from core.outcome import run_alone
 from core.patches.composite import Patches
 from core.patches.library import Library
 from core.patches.neighbours import Neighbours
 from core.patches.sets import PatchSet
+from core.patches.windows import Windows
 from core.spec import CollisionSpec
 
 SIDE = 40
@@ -115,10 +119,42 @@ def test_the_sources_own_patches_give_the_source_where_they_may_be_taken(
     laid = {"set": "exact", "stride": 8, "surround": 0, "source": True}
     spec, subject = subject_of(small, patches=laid)
     source = images.Loaded(
-        (exact.pixels[0, :SIDE, :SIDE].transpose(2, 0, 1) / 255).astype(np.float32), (), "of none"
+        (exact.pixels[0, :SIDE, :SIDE].transpose(2, 0, 1) / 255).astype(np.float32),
+        *((), "of none", bytes(64)),
     )
     job = prepare(subject, spec, source, photo(subject, "fish_fish25"), key="job", library=LIBRARY)
     np.testing.assert_allclose(job.group.corners[0].numpy(), source.pixels, atol=1e-6)
+
+
+def test_no_patch_is_the_sources_own_though_its_picture_was_saved_anew(
+    small: Model, exact: PatchSet
+) -> None:
+    spec, subject = subject_of(small)
+    name = "photos/animal_panda"
+    original = Image.open(io.BytesIO(images.read(f"sample:{name}")[1]))
+    own = next(i for i, of in enumerate(exact.manifest.images) if "panda" in of.name)
+    half = original.resize((original.width // 2, original.height // 2), Image.Resampling.LANCZOS)
+    for picture, form in ((original, "PNG"), (original, "JPEG"), (half, "WEBP")):
+        picture.save(file := io.BytesIO(), form)
+        saved = images.load("saved", file.getvalue(), subject.model.preprocessing)
+        windows = Windows.of_job(spec, window=exact.geometry.size, image=saved.pixels.shape)
+        addresses = nearest_patches(LIBRARY.neighbours("exact"), windows, spec, saved)
+        assert exact.like(saved) == [exact.manifest.images[own].sha256]
+        assert own not in addresses[:, 0]
+
+
+def test_one_image_that_supplies_most_windows_is_told(small: Model, exact: PatchSet) -> None:
+    spec, subject = subject_of(small)
+    source = photo(subject, "animal_panda")
+    # The same picture, but not by its thumbnail: as if it had been cropped.
+    cropped = replace(source, sha256="of none", thumbnail=bytes(64))
+    pair = cropped, photo(subject, "fish_fish25")
+    _, outcome = run_alone(subject, spec, *pair)
+    assert any("one image, 'animal_panda.jpg'" in warning for warning in outcome.result.warnings)
+    assert not any(
+        "one image" in warning
+        for warning in run_alone(subject, spec, source, pair[1])[1].result.warnings
+    )
 
 
 def test_a_step_is_that_of_a_loss_written_out_in_float64(small: Model) -> None:

@@ -98,6 +98,27 @@ def test_a_patch_of_the_set_is_its_own_neighbour_and_ties_go_to_the_smaller_addr
     assert np.array_equal(addresses[:, 0], own) and not distances.any()
 
 
+@pytest.mark.parametrize("block", [200, 10_000])
+def test_of_hundreds_of_equal_patches_the_one_with_the_smallest_address_is_found(
+    tmp_path, monkeypatch, block
+):
+    monkeypatch.setattr(neighbours, "BLOCK_BYTES", block * 4 * SMALL.values)
+    rng = np.random.default_rng(0)
+    tile = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    for i in range(9):  # patches 4 apart of a pattern that recurs every 4 pixels are all equal
+        wallpaper = np.tile(tile, (16, 16, 1))
+        wallpaper[:, :16] = rng.integers(0, 256, (64, 16, 3), dtype=np.uint8)
+        Image.fromarray(wallpaper).save(tmp_path / f"{i}.png")
+    equal = build(tmp_path, "equal", SMALL, indexer(), root=tmp_path.parent / f"equal-{block}")
+    shifts = [(y, x) for y in range(4) for x in range(4)]
+    queries = np.stack([np.tile(np.roll(tile, shift, (0, 1)), (4, 4, 1)) for shift in shifts])
+    with Neighbours(equal) as found:
+        addresses, distances = found.nearest(queries, k=3)
+    expected = brute_force(equal, queries, 3)
+    np.testing.assert_allclose(distances, expected[1], rtol=1e-12)
+    np.testing.assert_array_equal(addresses, expected[0])
+
+
 @pytest.mark.parametrize("kind", ["exact", "indexed", "lined"])
 @pytest.mark.parametrize("k", [1, 169 * 4])
 def test_patches_of_excluded_images_are_left_out_and_k_are_found_all_the_same(kind, k, request):
