@@ -32,7 +32,7 @@ def encode(done: Job, outcome: Outcome) -> dict[str, bytes]:
     files["corners.npz"] = to_npz(arrays)
     if outcome.samples:
         files["samples.npz"] = to_npz(_samples(outcome.samples))
-    if done.group.snapshots.values:
+    if done.group.on_the_way:
         files["snapshots.npz"] = to_npz(_snapshots(done))
     return files
 
@@ -85,14 +85,13 @@ def _samples(samples: Samples) -> Arrays:
 
 
 def _snapshots(done: Job) -> Arrays:
-    """As many as the spec asks for, evenly spaced, of the up to twice as many that were noted.
+    """`images` [M, K, C, H, W] at `steps` [M], those that `snapshots.png` is drawn of.
 
-    The first, which is the source itself, only where there is no other.
+    From its step in `corner_steps` [K] on, a corner of them is no nearer to the one that was kept.
     """
-    record, wanted = done.group.snapshots, done.spec.snapshots
-    spaced = np.unique(np.linspace(0, len(record.steps) - 1, wanted + 1).round().astype(int))
-    kept = spaced[1:] if len(spaced) > 1 else spaced
+    record, way = done.group.snapshots, done.group.on_the_way
     return {
-        "steps": np.array(record.steps)[kept],
-        "images": np.stack([record.values[i].numpy() for i in kept]),
+        "steps": np.array([record.steps[i] for i in way]),
+        "images": np.stack([record.values[i].numpy() for i in way]),
+        "corner_steps": done.group.steps,
     }

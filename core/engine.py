@@ -132,6 +132,16 @@ class Group:
         return hashlib.sha256(b"".join(content)).digest()
 
     @property
+    def on_the_way(self) -> list[int]:
+        """Places in `snapshots` of those that a result keeps: evenly spaced, as many as the spec
+        asks for, between the start and the last step that led to a corner.
+        """
+        noted, last = self.snapshots.steps, self.steps.max()
+        between = [i for i, step in enumerate(noted) if 0 < step < last]
+        stride = -(-(len(between) + 1) // (self.spec.snapshots + 1))
+        return between[stride - 1 :: stride]
+
+    @property
     def running(self) -> NDArray[np.bool_]:
         """[K]: the rows that still take steps."""
         return np.equal(self.reason, RUNNING)

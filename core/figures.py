@@ -49,12 +49,12 @@ REGION_COLOURS = "#FFD60A", "#FF2D95", "#00E5FF", "#5CFF3B"  # rare in photograp
 
 @dataclass(frozen=True)
 class _Cell:
-    """An image [C, H, W] and the lines around it, of which the first above is the heading.
+    """An image [C, H, W], if any, and the lines around it; the first above is the heading.
 
     `boxes` are regions of the image, drawn in REGION_COLOURS.
     """
 
-    image: Pixels
+    image: Pixels | None
     above: tuple[str, ...] = ()
     below: tuple[str, ...] = ()
     colour: str = RULE_COLOUR
@@ -63,15 +63,16 @@ class _Cell:
 
 @dataclass(frozen=True)
 class Strip:
-    """A row of `draw_strips`: `images` [N, C, H, W] between the source and target of a `result`.
+    """A row of `draw_strips`: N `images` [C, H, W] between the source and target of a `result`.
 
-    `above` are N headings, `below` the lines under each. `boxes` are regions of every image.
+    None leaves a gap. `above` are N headings, `below` the lines under each. `boxes` are regions of
+    every image.
     """
 
     source: Pixels
     target: Pixels
     result: Result
-    images: Pixels
+    images: Sequence[Pixels | None]
     above: Sequence[str]
     below: Sequence[tuple[str, ...]]
     boxes: Sequence[Region] = ()
@@ -82,8 +83,8 @@ class Course:
     """How K rows of a job went, without torch, so that another process can draw it.
 
     `curves` [N, K, 2] are L_pos and violation at `curve_steps`, `thresholds` what they had to
-    pass; `snapshots` [M, K, C, H, W] the images at `snapshot_steps`, of which `wanted` are to be
-    shown; `steps` [K] the last of each row.
+    pass; `snapshots` [M, K, C, H, W] the images that the result keeps, at `snapshot_steps`;
+    `steps` [K] the last of each row.
     """
 
     steps: NDArray[np.int64]
@@ -92,23 +93,25 @@ class Course:
     curves: NDArray[np.floating[Any]]
     snapshot_steps: Sequence[int]
     snapshots: Pixels
-    wanted: int
 
     @classmethod
     def of(cls, group: "Group") -> "Course":
         """What the engine has noted of a job."""
+        way = group.on_the_way
         curves, snapshots = (
-            np.reshape([value.numpy() for value in record.values], (-1, len(group.steps), *rest))
-            for record, rest in ((group.curves, (2,)), (group.snapshots, group.source.shape))
+            np.reshape([value.numpy() for value in values], (-1, len(group.steps), *rest))
+            for values, rest in (
+                (group.curves.values, (2,)),
+                ([group.snapshots.values[i] for i in way], group.source.shape),
+            )
         )
         return cls(
             steps=group.steps,
             thresholds=(group.l_pos_threshold, group.violation_threshold),
             curve_steps=group.curves.steps,
             curves=curves,
-            snapshot_steps=group.snapshots.steps,
+            snapshot_steps=[group.snapshots.steps[i] for i in way],
             snapshots=snapshots,
-            wanted=group.spec.snapshots,
         )
 
 
@@ -161,27 +164,41 @@ def draw_result(source: Pixels, target: Pixels, corners: Pixels, result: Result)
 
 
 def draw_snapshots(source: Pixels, target: Pixels, course: Course, corners: Pixels) -> bytes:
-    """Appendix C: the way from `source` to each of `corners` [K, C, H, W], one in each row."""
-    noted = zip(course.snapshot_steps, course.snapshots, strict=True)
-    # At step 0 each corner is the source; after its last step it is what `corners` holds.
-    between = [(step, images) for step, images in noted if 0 < step < course.steps.max()]
-    room = min(course.wanted, SNAPSHOT_COLUMNS)
-    stride = -(-(len(between) + 1) // (room + 1))
-    columns = [(f"step {step:,}", images) for step, images in between[stride - 1 :: stride]]
+    """Appendix C: the way from `source` to each of `corners` [K, C, H, W], one in each row.
+
+    A row has a gap from where its corner stood still: it would show the final image again.
+    """
+    columns = _columns(course.snapshot_steps)
     rows = [
-        [_Cell(images[k], () if k else (heading,)) for heading, images in columns]
+        [
+            _Cell(
+                course.snapshots[i, k] if course.snapshot_steps[i] < course.steps[k] else None,
+                () if k else (f"step {course.snapshot_steps[i]:,}",),
+            )
+            for i in columns
+        ]
         + [_Cell(corner, () if k else ("final",), below=(f"step {course.steps[k]:,}",))]
         for k, corner in enumerate(corners[:SNAPSHOT_ROWS])
     ]
+    fewer = ""
+    if len(columns) < len(course.snapshot_steps):
+        fewer = f"Shown: {len(columns)} of {len(course.snapshot_steps)} snapshots."
     return _sheet(
         rows,
-        [_shown(rows, corners)],
+        [_shown(rows, corners), fewer],
         ends=(
             _Cell(source, ("source",), colour=SOURCE_COLOUR),
             _Cell(target, ("target",), colour=TARGET_COLOUR),
         ),
         names=[f"corner {k}" for k in range(len(rows))],
     )
+
+
+def _columns(steps: Sequence[int]) -> list[int]:
+    """Which of the snapshots at `steps` a picture has room for, evenly spaced."""
+    most = min(len(steps), SNAPSHOT_COLUMNS)
+    spaced: list[int] = np.linspace(0, len(steps) - 1, most).round().astype(int).tolist()
+    return spaced
 
 
 def draw_regions(
@@ -257,7 +274,7 @@ def corner_strip(
     """`corners` [K, C, H, W], what each is taken for, and the probability of the target's class."""
     names = [f"corner {c.index}" + ("" if c.converged else "*") for c in result.corners]
     below = [(c.class_, f"target {_percent(c.probability)}") for c in result.corners]
-    return Strip(source, target, result, corners, names, below, boxes)
+    return Strip(source, target, result, list(corners), names, below, boxes)
 
 
 def mixture_strip(
@@ -266,7 +283,7 @@ def mixture_strip(
     """Points of the polytope [N, C, H, W], and of each the `probability` [N] of the target."""
     names = [f"mixture {i}" for i in range(len(mixtures))]
     below = [(f"target {_percent(share)}",) for share in probability]
-    return Strip(source, target, result, mixtures, names, below)
+    return Strip(source, target, result, list(mixtures), names, below)
 
 
 def snapshot_strips(
@@ -277,14 +294,16 @@ def snapshot_strips(
     corners: Pixels,
     result: Result,
 ) -> list[Strip]:
-    """Appendix C, a row a corner: `snapshots` [M, K, C, H, W] at `steps`, and `corners`."""
-    spaced = np.linspace(0, len(steps) - 1, min(len(steps), SNAPSHOT_COLUMNS)).round().astype(int)
+    """Appendix C, a row a corner: `snapshots` [M, K, C, H, W] at `steps`, and `corners`; with gaps
+    as `draw_snapshots` has them.
+    """
+    spaced = _columns(steps)
     names = [*(f"step {steps[i]:,}" for i in spaced), "final"]
     strips = []
     for corner, image in zip(result.corners, corners, strict=True):
-        images = np.stack([*snapshots[spaced, corner.index], image])
+        way = [snapshots[i, corner.index] if steps[i] < corner.steps else None for i in spaced]
         below = [*[()] * len(spaced), (f"corner {corner.index}", f"step {corner.steps:,}")]
-        strips.append(Strip(source, target, result, images, names, below))
+        strips.append(Strip(source, target, result, [*way, image], names, below))
     return strips
 
 
@@ -469,7 +488,7 @@ def _sheet(
     pitch = max(MIN_PITCH, min(MAX_PITCH, MAX_HEIGHT // len(grid)))
     pitch = min(pitch, (MAX_WIDTH - 2 * (MARGIN + APART)) // across)
     page_width = max(MIN_WIDTH, across * pitch + 2 * (MARGIN + APART))
-    shape = grid[0][0].image.shape[1:]
+    shape = next(c.image.shape[1:] for row in grid for c in row if c.image is not None)
     scale = (pitch - GAP) / max(shape)
     scale = scale if scale < 1 else int(scale)  # so that pixels stay squares of one size
     height, width = (max(1, round(side * scale)) for side in shape)
@@ -488,7 +507,8 @@ def _sheet(
         places = left - APART, left + pitch * (across - 1) + APART
         placed += [(cell, x, middle) for cell, x in zip(ends, places, strict=True)]
     letters = int((page_width - 2 * MARGIN) / LETTER)
-    caption = [*caption, _clipped([cell.image for cell, _, _ in placed])]
+    shown = [cell.image for cell, _, _ in placed if cell.image is not None]
+    caption = [*caption, _clipped(shown)]
     lines = [line for text in caption for line in textwrap.wrap(text, letters)]
     page_height = y + LINE * len(lines) + MARGIN
 
@@ -506,6 +526,12 @@ def _sheet(
 
 def _draw(axes: Axes, cell: _Cell, x: int, y: int, width: int, height: int) -> None:
     """`cell`, the top left of its image at `x`, `y`, on axes whose unit is a pixel."""
+    centre, above = x + width / 2, y - 5 - LINE * len(cell.above)
+    _write(axes, centre, above, cell.above[:1], ha="center", weight="bold")
+    _write(axes, centre, above + LINE, cell.above[1:], ha="center")
+    _write(axes, centre, y + height + 3, cell.below, ha="center")
+    if cell.image is None:
+        return
     rows, columns = cell.image.shape[1:]
     rgb = np.broadcast_to(to_8bit(cell.image).transpose(1, 2, 0), (rows, columns, 3))
     how = "nearest" if height >= rows else "antialiased"
@@ -517,10 +543,6 @@ def _draw(axes: Axes, cell: _Cell, x: int, y: int, width: int, height: int) -> N
         corner = x + box.left * across, y + box.top * down
         size = box.width * across, box.height * down
         axes.add_patch(Rectangle(corner, *size, fill=False, linewidth=3, edgecolor=colour))
-    centre, above = x + width / 2, y - 5 - LINE * len(cell.above)
-    _write(axes, centre, above, cell.above[:1], ha="center", weight="bold")
-    _write(axes, centre, above + LINE, cell.above[1:], ha="center")
-    _write(axes, centre, y + height + 3, cell.below, ha="center")
 
 
 def _write(axes: Axes, x: float, y: float, lines: Sequence[str], **style: Any) -> None:

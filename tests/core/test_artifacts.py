@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from core import artifacts, images, job
+from core import artifacts, figures, images, job
 from core.outcome import Outcome, run_alone
 from core.spec import CollisionSpec
 
@@ -44,8 +44,14 @@ def test_arrays_come_back_as_they_were_computed(made):
         assert np.array_equal(samples[name], kept), name
     snapshots = np.load(io.BytesIO(files["snapshots.npz"]))
     assert snapshots["images"].shape == (len(snapshots["steps"]), 5, 1, 28, 28)
-    at = done.group.snapshots.steps.index(snapshots["steps"][0])
-    assert np.array_equal(snapshots["images"][0], done.group.snapshots.values[at].numpy())
+    for step, image in zip(snapshots["steps"], snapshots["images"], strict=True):
+        at = done.group.snapshots.steps.index(step)
+        assert np.array_equal(image, done.group.snapshots.values[at].numpy())
+    assert snapshots["corner_steps"].tolist() == [c.steps for c in outcome.result.corners]
+    assert snapshots["steps"].min() > 0 and snapshots["steps"].max() < done.group.steps.max()
+    drawn = figures.Course.of(done.group)
+    assert drawn.snapshot_steps == snapshots["steps"].tolist()
+    assert np.array_equal(drawn.snapshots, snapshots["images"])
 
 
 def test_the_same_outcome_gives_the_same_bytes_at_another_time(made, monkeypatch):

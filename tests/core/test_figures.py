@@ -420,7 +420,7 @@ def snapshots_of(case: Case, steps: list[int], wanted: int) -> Case:
     other.group.spec = other.group.spec.model_copy(update={"snapshots": wanted})
     other.group.snapshots.steps = steps
     offsets = torch.arange(5).view(-1, 1, 1, 1).expand(5, 1, 28, 28)
-    other.group.snapshots.values = [(20 * i + offsets) / 255 for i in range(len(steps))]
+    other.group.snapshots.values = [(15 * i + offsets) / 255 for i in range(len(steps))]
     return other
 
 
@@ -431,7 +431,7 @@ def snapshots_of(case: Case, steps: list[int], wanted: int) -> Case:
         (range(0, 71, 10), 6, [10, 20, 30, 40, 50, 60]),  # 70 is the last step of all
         (range(0, 70, 10), 3, [20, 40, 60]),
         (range(0, 70, 5), 6, [10, 20, 30, 40, 50, 60]),
-        (range(0, 70, 5), 64, [10, 20, 30, 40, 50, 60]),
+        (range(0, 70, 5), 64, [5, 15, 25, 35, 45, 55, 65]),  # 7 of 13
         (range(0, 70, 20), 6, [20, 40, 60]),
         (range(0), 0, []),
     ],
@@ -451,8 +451,36 @@ def test_snapshots_are_evenly_chosen_and_followed_by_the_final_corner(
     for k in range(5):
         row = parts[k * (len(columns) + 1) :][: len(columns) + 1]
         for step, part in zip(columns, row[:-1], strict=True):
-            assert (part == 20 * noted.index(step) + k).all()
+            assert (part == 15 * noted.index(step) + k).all()
         assert np.array_equal(row[-1], magnified(case.corners[k], len(row[-1]) // 28))
+
+
+def test_a_corner_that_stood_still_is_not_shown_twice(case: Case, drawn: list[Figure]) -> None:
+    early = snapshots_of(case, list(range(0, 70, 10)), 6)
+    early.group.steps = np.array([30, 70, 70, 10, 70])
+    early.draw_snapshots()
+    (axes,) = drawn[0].axes
+    assert len(axes.images) == (2 + 6 + 6 + 0 + 6) + 5 + 2
+    assert {f"step {step}" for step in range(10, 70, 10)} <= set(texts(axes))  # headings stay
+    course = early.course
+    results = [
+        corner.model_copy(update={"steps": int(steps)})
+        for corner, steps in zip(case.result.corners, early.group.steps, strict=True)
+    ]
+    strips = figures.snapshot_strips(
+        *(case.source, case.target, course.snapshots, course.snapshot_steps, case.corners),
+        case.result.model_copy(update={"corners": results}),
+    )
+    assert [sum(image is not None for image in strip.images) for strip in strips] == [3, 7, 7, 1, 7]
+    figures.draw_strips(strips, [])
+    assert len(drawn[1].axes[0].images) == (3 + 7 + 7 + 1 + 7) + 2 * 5
+
+
+def test_pictures_of_the_way_are_snapshots_that_the_result_keeps(case: Case) -> None:
+    for wanted, kept in ((3, [20, 40, 60]), (6, [10, 20, 30, 40, 50, 60]), (0, [])):
+        some = snapshots_of(case, list(range(0, 90, 10)), wanted)  # the last corner came at 70
+        assert some.course.snapshot_steps == kept
+        assert len(some.course.snapshots) == len(kept)
 
 
 def test_at_most_8_corners_are_followed_and_the_others_counted(
