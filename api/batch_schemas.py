@@ -35,7 +35,7 @@ CustomId = Annotated[
 
 
 class BatchItem(JobRequest):
-    """A job of a batch. Its `figures` are false unless its spec sets them."""
+    """A job of a batch. Unless its spec sets them, `figures` is false and `snapshots` is 0."""
 
     custom_id: CustomId | None = None
 

@@ -39,7 +39,6 @@ HULL_SIZE = 900, 780
 CORNERS_SHOWN, CORNER_COLUMNS = 32, 6
 SNAPSHOT_ROWS, SNAPSHOT_COLUMNS = 8, 7
 STRIPS, STRIP_IMAGES = 20, 10
-LEAST_SIDE = 64  # of an image in which regions are looked for
 LETTERS = 24  # in a line of a corner's cell, at 8 cells across
 COLOURS = matplotlib.color_sequences["petroff10"]
 SOURCE_COLOUR, TARGET_COLOUR = "#0072B2", "#D55E00"  # Okabe and Ito's blue and vermilion
@@ -132,7 +131,7 @@ def draw(
         pictures["curves.png"] = draw_curves(course, result)
     if sampled and len(corners) > 1:
         pictures["hull.png"] = draw_hull(*sampled, result)
-    if min(source.shape[1:]) >= LEAST_SIDE and (regions := find_regions(corners)):
+    if regions := find_regions(corners):
         pictures["regions.png"] = draw_regions(source, target, corners, regions)
     if course.snapshot_steps:
         pictures["snapshots.png"] = draw_snapshots(source, target, course, corners)

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core import certify, distances, edges, exact, images, interpolate
-from core.engine import REASONS, Group
+from core.engine import REASONS, STRIDE, Group
 from core.errors import CoreError
 from core.job import Job, Subject, chosen_mask, prepare
 from core.objective import l_neg, l_pos, residual, violation
 from core.patches.library import Library
 from core.polytope import Clock, Stopped, collision_error
 from core.program import UnsupportedNetwork, read
+from core.regions import LEAST_SIDE, find_regions
 from core.result import (
     Certificate,
     CornerResult,
@@ -120,6 +121,7 @@ def measure(subject: Subject, job: Job, on_chunk: Callable[[], None] = lambda: N
         cut_proved=cut and subject.cut_proved,
         warnings=_warnings(subject, job, solved, cut),
         notes=[*job.source.notes, *job.target.notes],
+        missing=dict(_missing(job)),
         layer=LayerResult(
             name=subject.tap.layer.name,
             shape=list(subject.tap.layer.shape),
@@ -376,6 +378,44 @@ def _warnings(subject: Subject, job: Job, solved: Exact | None, cut: bool) -> li
     if job.spec.precision == "tf32" and subject.device.type != "cuda":
         warnings.append("TF32 is a mode of NVIDIA GPUs: this job ran in fp32.")
     return warnings
+
+
+PICTURES = "figure.png", "curves.png", "hull.png", "regions.png", "snapshots.png"
+
+
+def _missing(job: Job) -> Iterator[tuple[str, str]]:
+    """Files that `core.artifacts` will not make of the job, and why."""
+    spec, group = job.spec, job.group
+    stepped = bool(group.curves.steps)
+    none = "The corners took no step."
+    if not spec.interpolation.samples:
+        yield "samples.npz", "interpolation.samples is 0."
+    if not spec.worst_starts:
+        yield "worst.png", "worst_starts is 0."
+    unseen = ""
+    if not spec.snapshots:
+        unseen = "snapshots is 0, as it is for items of a batch that do not set it."
+    elif not group.on_the_way:
+        few = f"The corners took {STRIDE} steps at most, after which the first would be."
+        unseen = few if stepped else none
+    if unseen:
+        yield "snapshots.npz", unseen
+    if not spec.figures:
+        for name in PICTURES:
+            yield name, "figures is false, as it is for items of a batch that do not set it."
+        return
+    if not stepped:
+        yield "curves.png", none
+    if spec.corners == 1:
+        yield "hull.png", "One corner spans no polytope."
+    elif not spec.interpolation.samples:
+        yield "hull.png", "interpolation.samples is 0."
+    if min(job.source.pixels.shape[1:]) < LEAST_SIDE:
+        yield "regions.png", f"Images with a side under {LEAST_SIDE} pixels have none."
+    elif not find_regions(group.corners.cpu().numpy()):
+        yield "regions.png", "The corners differ nowhere by what 8 bits show."
+    if unseen:
+        yield "snapshots.png", unseen
 
 
 @cache

@@ -267,6 +267,9 @@ class Result(_Model):
     )
     warnings: list[str]
     notes: list[str] = Field(description="What was done to the images to fit the network.")
+    missing: dict[str, str] = Field(
+        {}, description="Files that results can have and this one has not, by name, and why."
+    )
     layer: LayerResult
     source: Seen
     target: Seen

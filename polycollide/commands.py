@@ -159,7 +159,8 @@ def batch(
         typer.Argument(
             metavar="FILE.jsonl|-",
             help="JSON lines, each with source, target and spec, and custom_id, labels, priority "
-            "and deadline_seconds where wanted. Paths of images are taken from its folder.",
+            "and deadline_seconds where wanted. Paths of images are taken from its folder. "
+            "Pictures and snapshots are kept where a spec sets figures and snapshots.",
         ),
     ],
     labels: Labels = None,

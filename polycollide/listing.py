@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import typer
@@ -42,6 +42,13 @@ def unusable(error: OSError) -> str:
     """What is wrong with a file, or with standard output, in a sentence."""
     what = error.filename or "A file, or standard output,"
     return f"{what} cannot be used: {error.strerror or error}."
+
+
+def say_missing(missing: Mapping[str, str]) -> None:
+    """Prints which files a result has not, and why; once what is true of several."""
+    for reason in dict.fromkeys(missing.values()):
+        names = ", ".join(name for name, why in missing.items() if why == reason)
+        console.print(f"no {names}: {reason}", highlight=False, soft_wrap=True)
 
 
 def fail(message: str) -> NoReturn:

@@ -27,7 +27,7 @@ from core.taps import matmul_precision, open_tap
 from polycollide import results
 from polycollide.asked import Asked
 from polycollide.errors import PolycollideError
-from polycollide.listing import aside, console, cut, fail, listing, show_json, unusable
+from polycollide.listing import aside, console, cut, fail, listing, say_missing, show_json, unusable
 
 OUT_OF_MEMORY = "The device's memory does not hold this job; ask for fewer corners."
 
@@ -57,6 +57,7 @@ def run(asked: Asked, *, out: Path | None, force: bool, json: bool, device: str 
             files = write(out, done, outcome, force=force)
             if not json:
                 console.print(f"{out}: {', '.join(files)}", highlight=False, soft_wrap=True)
+                say_missing(outcome.result.missing)
         if interrupted():
             raise typer.Exit(130)
 

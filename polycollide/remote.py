@@ -21,7 +21,7 @@ from polycollide.answers import Batch, Failure, Job
 from polycollide.batches import parse_jsonl
 from polycollide.client import Client
 from polycollide.errors import ApiError, InvalidInput, PolycollideError
-from polycollide.listing import aside, console, cut, fail, listing, show_json, unusable
+from polycollide.listing import aside, console, cut, fail, listing, say_missing, show_json, unusable
 
 SHOWN_REFUSED, SHOWN_FAILED, SHOWN_REMARKS = 10, 20, 20
 READ = 200  # results that are read for the sake of what they warn of
@@ -211,7 +211,9 @@ def fetch(client: Client, id: str, out: Path, *, force: bool = False) -> None:
         files = client.download(id, out, force=force)
     names = ", ".join(file.name for file in files)
     console.print(f"{out}: {names}", highlight=False, soft_wrap=True)
-    _say_remarks([(id, jsonlib.loads((out / "result.json").read_bytes()))])
+    result = jsonlib.loads((out / "result.json").read_bytes())
+    say_missing(result.get("missing") or {})
+    _say_remarks([(id, result)])
 
 
 def batch(

@@ -28,7 +28,7 @@ from core.engine import Group
 from core.errors import CoreError, UnknownName
 from core.job import Job, is_out_of_memory, prepare
 from core.memory import MemoryBusy
-from core.outcome import Outcome, measure
+from core.outcome import PICTURES, Outcome, measure
 from core.patches.library import Library
 from core.patches.neighbours import IndexFailed
 from core.patches.sets import PatchSetBusy
@@ -520,7 +520,10 @@ class Runner:
 
 def _undrawn(outcome: Outcome) -> Outcome:
     notes = [*outcome.result.notes, "Its pictures could not be drawn."]
-    return replace(outcome, result=outcome.result.model_copy(update={"notes": notes}))
+    undrawn = dict.fromkeys(PICTURES, "It could not be drawn.")
+    missing = undrawn | outcome.result.missing
+    update = {"notes": notes, "missing": missing}
+    return replace(outcome, result=outcome.result.model_copy(update=update))
 
 
 def _progress(group: Group, seconds: float) -> dict[str, float | int | None]:

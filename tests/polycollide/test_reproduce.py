@@ -472,7 +472,8 @@ def test_figure_8_takes_pairs_of_one_class_alone(tmp_path):
 
 def test_ten_corners_are_drawn_and_the_way_to_each(tmp_path, drawn):
     call("fig11", *MODEL, *told()[:-2], *PAIR, "--out", str(tmp_path))
-    small("fig12", *PAIR, "--out", str(tmp_path))
+    longer = ["max_steps=60", "l_pos_threshold=1e-6"]
+    small("fig12", *PAIR, "--out", str(tmp_path), settings=longer)
     ((ten,), _), (way, _) = drawn
     assert len(ten.images) == 10
     assert [strip.below[-1][0] for strip in way] == ["corner 0", "corner 1", "corner 2"]
