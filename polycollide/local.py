@@ -56,8 +56,8 @@ def run(asked: Asked, *, out: Path | None, force: bool, json: bool, device: str 
         if out:
             files = write(out, done, outcome, force=force)
             if not json:
-                console.print(f"{out}: {', '.join(files)}", highlight=False, soft_wrap=True)
                 say_missing(outcome.result.missing)
+                console.print(f"{out}: {', '.join(files)}", highlight=False, soft_wrap=True)
         if interrupted():
             raise typer.Exit(130)
 

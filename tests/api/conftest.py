@@ -257,6 +257,7 @@ def made_up_result(claimed: Claimed) -> dict[str, Any]:
         "cut_proved": True,
         "warnings": [],
         "notes": [],
+        "missing": {},
         "layer": {"name": "fc1", "shape": [256], "units": 256, "active": 60},
         "source": {"label": 3, "class": "3", "probability": 0.999},
         "target": {"label": 7, "class": "7", "probability": 0.999},

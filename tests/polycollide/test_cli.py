@@ -52,6 +52,7 @@ def test_run_prints_every_corner_and_the_measures_aligned(demo):
     assert result.exit_code == 0, result.stderr
     *lines, files = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
+    assert lines[-1] == "no regions.png: Images with a side under 64 pixels have none."
     assert set(files.partition(": ")[2].split(", ")) >= FILES - {results.LIST}
     header = next(i for i, line in enumerate(lines) if "L_pos" in line)
     assert [line.split()[0] for line in lines[header + 2 : header + 7]] == list("01234")
