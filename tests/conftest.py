@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import tenacity
 
 from polycollide import stack
 
@@ -138,8 +139,15 @@ def _copy_template(postgres: stack.Postgres) -> str:
 
 
 def _drop(postgres: stack.Postgres, name: str) -> None:
-    with _administer(postgres) as connection:
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    from psycopg.errors import InsufficientPrivilege
+
+    # Autovacuum, a superuser's process, may be in there, and is not ours to end. It ends soon.
+    again = tenacity.retry_if_exception_type(InsufficientPrivilege)
+    for attempt in tenacity.Retrying(
+        retry=again, wait=tenacity.wait_fixed(0.2), stop=tenacity.stop_after_delay(60), reraise=True
+    ):
+        with attempt, _administer(postgres) as connection:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def _administer(postgres: stack.Postgres) -> "psycopg.Connection":
