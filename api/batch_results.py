@@ -4,6 +4,7 @@ import asyncio
 import csv
 import io
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -19,6 +20,9 @@ from store import batches
 # What a page is to weigh: a result of 5 corners has 7 KB, one of 256 corners 1.5 MB.
 _PAGE_BYTES = 2**20
 _MAX_PAGE = 256
+# What begins a formula, in wide letters too, at the start of a cell: of one that a spreadsheet ends
+# at semicolons, as some languages' do, too.
+_FORMULA = re.compile(r"(^|;)(?=[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20])")
 Connect = Callable[[], AbstractAsyncContextManager[AsyncConnection]]
 
 
@@ -67,6 +71,4 @@ def _cell(value: Any) -> Any:
         return ";".join(_cell(each) for each in value)
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return f"'{value}"
-    return value
+    return _FORMULA.sub(r"\1'", value) if isinstance(value, str) else value

@@ -1,5 +1,6 @@
 """An item of a batch: from a line of JSON, or an object, to a job, or to why it is refused."""
 
+import codecs
 import hashlib
 import json
 import re
@@ -134,6 +135,7 @@ async def lines(stream: AsyncIterator[bytes]) -> AsyncIterator[list[tuple[int, b
         *whole, rest = data.split(b"\n")
         for end in whole:
             line = b"".join([*begun, end]).strip()
+            line = line if number else line.removeprefix(codecs.BOM_UTF8)
             begun = []
             if line:
                 ready.append((number, line))

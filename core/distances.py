@@ -133,7 +133,7 @@ def _lpips(device: torch.device) -> Any:
         import lpips
     except ImportError as error:
         raise ModelUnavailable(
-            "LPIPS is not installed: pip install 'polycollide[perceptual]'."
+            "LPIPS is not installed: in the checkout, pip install '.[perceptual]'."
         ) from error
     if not next(entry.ready for entry in models.listed() if entry.name == "alexnet"):
         raise ModelUnavailable(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from pathlib import Path
@@ -211,16 +212,21 @@ def _first_place(body: dict[str, Any], image: ImageLike) -> str:
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """The items of a file of JSON lines; paths of images in it are taken from its folder."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        content = file.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        reason = error.strerror if isinstance(error, OSError) else error
         raise InvalidInput(f"{str(file)!r} cannot be read ({reason}); check the path.") from error
-    return parse_jsonl(text, name=file.name, folder=file.parent)
+    return parse_jsonl(content, name=file.name, folder=file.parent)
 
 
-def parse_jsonl(text: str, *, name: str, folder: Path) -> list[dict[str, Any]]:
-    """The items in `text`, one a line. Raises InvalidInput, which names a line that is none."""
+def parse_jsonl(content: bytes, *, name: str, folder: Path) -> list[dict[str, Any]]:
+    """The items in `content`, one a line. Raises InvalidInput, which names a line that is none."""
     items, readable = [], set[Path]()
+    try:
+        text = content.decode("utf-8-sig")  # with a byte order mark or without
+    except UnicodeDecodeError as error:
+        wrong = content[: error.start].count(b"\n") + 1
+        raise InvalidInput(f"Line {wrong} of {name} is not UTF-8; save it as UTF-8.") from error
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -234,16 +240,27 @@ def parse_jsonl(text: str, *, name: str, folder: Path) -> list[dict[str, Any]]:
     return items
 
 
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise InvalidInput(f"It has {number}, and JSON has finite numbers only.")
+    return value
+
+
 def _parse_item(line: str, folder: Path, readable: set[Path]) -> dict[str, Any]:
     """An item, whose own images can be read; `readable` are those that were tried before."""
     try:
-        item = json.loads(line)
+        item = json.loads(line, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"This is no JSON: {error}.") from error
+        hint = "a line ends without a comma: " if line.rstrip().endswith("},") else ""
+        hint = hint or ("a line has one object, no list: " if line.startswith("[") else "")
+        raise InvalidInput(f"This is no JSON: {hint}{error}.") from error
     if not isinstance(item, dict):
         raise InvalidInput("This is no JSON object; write {...}.")
     for part in ("source", "target"):
         image = item.get(part)
+        if image is not None and not isinstance(image, str):
+            raise InvalidInput(f"{part} is {json.dumps(image)[:40]}; give the path of an image.")
         if isinstance(image, str) and not image.startswith(REFERENCES):
             item[part] = folder / image
             if item[part] not in readable:

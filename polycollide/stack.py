@@ -67,7 +67,10 @@ def servers(data: Path | None = None, *, durable: bool = True) -> Iterator[Urls]
 
 def default_data() -> Path:
     """Where data is kept: for root not at home, where the servers' user may not go."""
-    return Path("/var/lib/polycollide") if os.geteuid() == 0 else user_data_path("polycollide")
+    try:
+        return Path("/var/lib/polycollide") if os.geteuid() == 0 else user_data_path("polycollide")
+    except RuntimeError:
+        raise StackError("There is no home folder for the data; name one with --data.") from None
 
 
 class Server(ABC):

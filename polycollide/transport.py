@@ -4,13 +4,15 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -25,8 +27,7 @@ from polycollide.errors import ApiError, InvalidInput, PolycollideError, Unreach
 
 URL, API_KEY = "POLYCOLLIDE_URL", "POLYCOLLIDE_API_KEY"
 DEFAULT_URL = "http://127.0.0.1:8000"
-# A proxy of the environment has no way back to this machine.
-LOOPBACK: dict[str, None] = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
+LAST_PORT = 65_535
 # Breaks that another try may mend. Every request of ours may be sent twice: posts carry a key.
 BROKEN = (
     *(httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError),
@@ -65,16 +66,29 @@ class Transport:
         self._heard = 0.0
         self._hold = LONG_POLL
         try:
-            self.http = httpx.AsyncClient(
-                base_url=self.base_url,
-                headers={"Authorization": f"Bearer {key}"} if key else {},
-                mounts=LOOPBACK,
-                limits=httpx.Limits(max_keepalive_connections=32),
-            )
-            if self.http.base_url.scheme not in ("http", "https") or not self.http.base_url.host:
+            parsed = httpx.URL(self.base_url)
+            if parsed.scheme not in ("http", "https") or not parsed.host:
                 raise ValueError("it begins with neither http:// nor https://")
+            if parsed.port is not None and parsed.port > LAST_PORT:
+                raise ValueError(f"{parsed.port} is no port")
         except (httpx.InvalidURL, ValueError) as error:
             raise InvalidInput(f"{self.base_url!r} is no URL ({error}); check {URL}.") from error
+        try:
+            self.http = httpx.AsyncClient(
+                base_url=parsed,
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                # A proxy of the environment has no way back to this machine.
+                trust_env=not _is_here(parsed.host),
+                limits=httpx.Limits(max_keepalive_connections=32),
+            )
+        except (httpx.InvalidURL, ImportError, ValueError) as error:
+            why = str(error).partition("; ")[0].rstrip(".")
+            if isinstance(error, ImportError):
+                why = "for a SOCKS proxy, pip install socksio"
+            raise InvalidInput(
+                f"The proxy that the environment names cannot be used ({why}); check ALL_PROXY, "
+                "HTTP_PROXY, HTTPS_PROXY and NO_PROXY."
+            ) from error
 
     def _patience(self, wait: float = 0.0) -> httpx.Timeout:
         """Time limits for an answer that the server may hold back for `wait` seconds."""
@@ -132,6 +146,8 @@ class Transport:
             raise
         except httpx.RequestError as error:
             raise self._unreachable(error) from error
+        except UnicodeEncodeError as error:
+            raise _no_text(error) from error
 
     async def wait(self, model: type[A], path: str, seconds: float, done: Callable[[A], bool]) -> A:
         """What `path` shows once it is `done`, or after so many seconds.
@@ -256,12 +272,53 @@ class Transport:
 
 def path(*parts: str) -> str:
     """The path of what `parts` name, whatever characters an id has."""
-    return "/v1/" + "/".join(quote(part, safe="") for part in parts)
+    return "/v1/" + "/".join(quote(part, safe="", errors="surrogateescape") for part in parts)
 
 
 def to_json(value: Any) -> bytes:
-    """Strict JSON; numpy's numbers and arrays are taken for what they hold."""
-    return json.dumps(value, allow_nan=False, default=_plain).encode()
+    """Strict JSON; numpy's numbers and arrays are taken for what they hold.
+
+    Raises InvalidInput for what JSON has no form for.
+    """
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False, default=_plain)
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise _no_text(error) from error
+    except (RecursionError, ValueError) as error:  # a number that is none, or endless nesting
+        where = next(_endless(value), None)
+        raise InvalidInput(
+            f"{where}, which JSON has no form for; give a finite number."
+            if where
+            else "What was given has no form in JSON: it is nested too deep, or holds itself."
+        ) from error
+
+
+def _endless(value: Any, *place: str) -> Iterator[str]:
+    """Where numbers are that are not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{'.'.join(place) or 'The value'} is {value}"
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _endless(inner, *place, str(key))
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _endless(inner, *place, str(i))
+    elif hasattr(value, "tolist"):
+        yield from _endless(value.tolist(), *place)
+
+
+def _no_text(error: UnicodeEncodeError) -> InvalidInput:
+    part = error.object[error.start : error.end]
+    return InvalidInput(f"{part!r} has characters that are no text; write it in UTF-8.")
+
+
+def _is_here(host: str) -> bool:
+    """Whether a host's name or address is this machine's own."""
+    try:
+        return host == "localhost" or ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
 
 
 def _check_whole(response: httpx.Response) -> None:

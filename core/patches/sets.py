@@ -34,7 +34,7 @@ from platformdirs import user_data_path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from core import images
-from core.errors import CoreError, InvalidImage, UnknownName
+from core.errors import CoreError, InvalidImage, InvalidSpec, UnknownName
 from core.images import Preprocessing
 
 SCHEMA_VERSION = 2
@@ -264,9 +264,14 @@ class PatchSet:
 
 
 def default_root() -> Path:
-    """Where sets are: POLYCOLLIDE_PATCHES, or a folder of the user's."""
+    """Where sets are: POLYCOLLIDE_PATCHES, or a folder of the user's. Raises InvalidSpec."""
     setting = os.environ.get("POLYCOLLIDE_PATCHES")
-    return Path(setting).expanduser() if setting else user_data_path("polycollide") / "patches"
+    try:
+        return Path(setting).expanduser() if setting else user_data_path("polycollide") / "patches"
+    except RuntimeError as error:
+        raise InvalidSpec(
+            "There is no home folder for patch sets; set POLYCOLLIDE_PATCHES to a folder."
+        ) from error
 
 
 def open_set(name: str, root: Path | None = None) -> PatchSet:

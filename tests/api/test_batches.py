@@ -253,6 +253,13 @@ def test_lines_are_items_and_their_numbers_indices(client: httpx.Client) -> None
     assert [json.loads(line)["index"] for line in results] == [0, 6]
 
 
+def test_lines_may_begin_with_a_byte_order_mark(client: httpx.Client) -> None:
+    response = submit_lines(client, ["\ufeff" + json.dumps(JOB), "\ufeff" + json.dumps(JOB)])
+    batch = response.json()
+    assert [(error["index"], error["code"]) for error in batch["errors"]] == [(1, "invalid_json")]
+    assert counted(batch) == {"total": 2, "refused": 1, "queued": 1}
+
+
 @pytest.mark.parametrize("media_type", ["application/jsonl", "application/x-ndjson"])
 def test_lines_may_come_in_any_pieces(client: httpx.Client, media_type: str) -> None:
     content = "\n".join(json.dumps(item(custom_id=str(i))) for i in range(5)).encode() + b"\n"
@@ -411,7 +418,7 @@ def test_waiting_is_answered_soon_after_the_last_job(client: httpx.Client, worke
 
 
 def test_results_are_lines_and_rows_in_order_of_index(client: httpx.Client, worker: Worker) -> None:
-    labels = ["=1+1", 'a"b,c', "'; DROP TABLE jobs; --"]
+    labels = ["=1+1", 'a"b,c', "'; DROP TABLE jobs; --", "\uff1dcmd()", "a;@b"]
     spec = SPEC | {"model": "tell-me", "seed": 4_000_000_000}
     items = [item(spec=spec, custom_id=f"@{i}", labels=labels) for i in range(3)]
     batch = submit(client, {"items": items})
@@ -437,7 +444,7 @@ def test_results_are_lines_and_rows_in_order_of_index(client: httpx.Client, work
     assert response.headers["content-type"] == "text/csv; charset=utf-8; header=present"
     (row,) = csv.DictReader(io.StringIO(response.text))
     assert row["index"] == "0" and row["custom_id"] == "'@0" and row["job_id"] == jobs[0]["id"]
-    assert row["labels"] == "'=1+1;a\"b,c;'; DROP TABLE jobs; --"
+    assert row["labels"] == "'=1+1;a\"b,c;'; DROP TABLE jobs; --;'\uff1dcmd();a;'@b"
     assert (row["status"], row["error_code"], row["converged"]) == ("succeeded", "", "true")
     assert (row["model"], row["layer"], row["seed"]) == ("tell-me", "fc1", "4000000000")
     assert float(row["spread"]) == 0.13 and float(row["mean_pairwise_distance"]) == 1.3

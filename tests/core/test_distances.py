@@ -186,7 +186,7 @@ def test_without_the_weights_or_the_library_a_sentence_says_what_to_do(
     with pytest.raises(ModelUnavailable, match="`polycollide layers --model alexnet` puts them"):
         perceptual_distance(large)
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(ModelUnavailable, match=r"pip install 'polycollide\[perceptual\]'"):
+    with pytest.raises(ModelUnavailable, match=r"pip install '\.\[perceptual\]'"):
         perceptual_distance(large)
     told = beyond_l2(large)
     assert (told["perceptual"], told["mean_perceptual"]) == (None, None)

@@ -241,7 +241,7 @@ def test_a_client_without_the_core_extra_is_told_what_to_install():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, text=True)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "pip install 'polycollide[core]'" in done.stderr
+    assert "pip install '.[core]'" in done.stderr
 
 
 def test_what_was_mistyped_is_said_before_torch_is_opened(monkeypatch):
@@ -274,6 +274,35 @@ def test_whoever_has_read_enough_json_ends_the_command_silently():
     done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, check=False, text=True)
     os.close(theirs)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("command", [["--help"], ["run", "--help"], ["--version"]])
+def test_whoever_has_read_enough_ends_a_command_silently_and_a_full_disk_is_said(command):
+    code = "import sys; from polycollide.cli import main; main()"
+    argv = [sys.executable, "-c", code, *command]
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run(argv, stdout=theirs, stderr=subprocess.PIPE, check=False, text=True)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (1, "")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, check=False, text=True)
+    said = "Error: A file, or standard output, cannot be used: No space left on device.\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_a_run_needs_no_home_no_locale_no_window_and_no_assertions(tmp_path):
+    env = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS") if name in os.environ}
+    env |= {"MPLBACKEND": "no-such-window", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    env |= {"PYTHONCOERCECLOCALE": "0", "COLUMNS": "80", "PYTHONIOENCODING": "latin1"}
+    command = [sys.executable, "-O", "-m", "polycollide", *PAPER, "--out", "ergebnis-大"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "result.json" in done.stdout.decode("latin1")
+    here = json.loads(call(*PAPER, "--json").stdout)
+    (out,) = tmp_path.iterdir()
+    there = json.loads((out / "result.json").read_text())
+    assert there["polytope"]["mean_pairwise_distance"] == here["polytope"]["mean_pairwise_distance"]
 
 
 def test_layers_lists_shapes_cuts_active_units_and_the_dimension_bound():

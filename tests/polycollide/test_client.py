@@ -1,7 +1,11 @@
 """The client against a real HTTP server that answers what each test writes down."""
 
 import io
+import socket
+import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from polycollide import (
     WaitTimeout,
     transport,
 )
+from polycollide.errors import InvalidInput
 
 from .conftest import (
     JOB,
@@ -182,6 +187,64 @@ def test_a_key_may_end_in_a_newline_and_a_url_in_its_version(service):
     with Client(f"{service.url}/v1/", "pc_test\n") as client:
         client.job("a")
     assert service.received[0].headers["authorization"] == "Bearer pc_test"
+
+
+@pytest.mark.parametrize("name", ["ALL_PROXY", "HTTP_PROXY", "NO_PROXY"])
+@pytest.mark.parametrize("value", ["socks5://127.0.0.1:9", "socks4://x", "[::1]", "http://h:x"])
+def test_no_proxy_of_the_environment_stands_before_this_machine(service, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    service.on(JOB, reply(job()))
+    with Client(service.url) as client:
+        assert client.job("a").id == "a"
+
+
+def test_what_is_wrong_with_a_proxy_is_not_said_of_the_url(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "gopher://127.0.0.1:9")
+    with pytest.raises(InvalidInput, match=r"proxy that the environment names .*ALL_PROXY"):
+        Client("http://polycollide.invalid")
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "socksio", None)  # importing it fails
+    with pytest.raises(InvalidInput, match="for a SOCKS proxy, pip install socksio"):
+        Client("http://polycollide.invalid")
+
+
+def test_a_service_is_reached_by_an_address_of_version_6_and_below_a_prefix(monkeypatch):
+    class Below(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = self.path == "/lab/v1/jobs/a"
+            (reply(job()) if found else problem(404, "unknown"))(self)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Six(ThreadingHTTPServer):
+        address_family = socket.AF_INET6
+
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    with Six(("::1", 0), Below) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,)).start()
+        for end in ("/lab", "/lab/", "/lab/v1/"):
+            with Client(f"http://[::1]:{server.server_address[1]}{end}") as client:
+                assert client.job("a").id == "a"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"beta": float("nan")}, "spec.beta is nan, which JSON has no form for"),
+        ({"units": [1, [2, float("inf")]]}, "spec.units.1.1 is inf"),
+        ({"units": np.array([1.0, np.nan])}, "spec.units.1 is nan"),
+        ({"beta": "\udcff"}, "has characters that are no text"),
+        ({"beta": {1, 2}}, "has no form in JSON"),
+    ],
+)
+def test_what_json_has_no_form_for_is_said_and_not_sent(service, client, given, said):
+    with pytest.raises(InvalidInput, match=said):
+        client.submit(*PAIR, **given)
+    with pytest.raises(InvalidInput, match=said.removeprefix("spec")):
+        client.batch([{"source": PAIR[0], "target": PAIR[1], "spec": given}])
+    assert not service.received
 
 
 def test_address_and_key_come_from_the_environment(service, monkeypatch):

@@ -1,5 +1,6 @@
 """The commands that speak to a service, as a user runs them, against a real HTTP server."""
 
+import codecs
 import json
 import os
 import pty
@@ -40,7 +41,7 @@ def call(service: ScriptedService) -> Call:
     """Calls the command in a terminal 80 columns wide, with the service in its environment."""
     env = {"COLUMNS": "80", "POLYCOLLIDE_URL": service.url, "POLYCOLLIDE_API_KEY": "pc_secret"}
 
-    def invoke(*arguments: str, input: str | None = None) -> Result:
+    def invoke(*arguments: str, input: str | bytes | None = None) -> Result:
         result = CliRunner(env=env).invoke(app, arguments, input=input)
         assert "pc_secret" not in result.output
         return result
@@ -288,6 +289,38 @@ def test_batch_sends_lines_and_writes_every_result(service, call, tmp_path):
     sentence = call("batch", str(out), "--out", str(out)).stderr
     assert "--out is" in sentence and "name another file" in sentence
     assert len(out.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"source": 5}', "Line 2 of standard input: source is 5; give the path of an image."),
+        ('{"spec": {"beta": NaN}}', "Line 2 of standard input: It has NaN"),
+        ('{"spec": {"beta": 1e999}}', "Line 2 of standard input: It has 1e999"),
+        ('{"spec": {}},', "This is no JSON: a line ends without a comma"),
+        ('{"spec": {},}', "This is no JSON: Expecting property name"),
+        ('[{"spec": {}}', "This is no JSON: a line has one object, no list"),
+        ('{"source": "\xff"}', "Line 2 of standard input is not UTF-8"),
+    ],
+)
+def test_a_line_that_is_none_is_named_and_nothing_is_sent(service, call, line, said):
+    result = call("batch", "-", input=b"{}\n" + line.encode("latin1"))
+    assert result.exit_code == 1
+    assert said in result.stderr and result.stderr.count("\n") == 1
+    assert not service.received
+
+
+def test_a_byte_order_mark_ends_of_lines_and_blank_ones_are_taken_from_anywhere(
+    service, call, tmp_path
+):
+    service.on("POST /v1/batches", reply(BATCH, 202))
+    item = json.dumps({"source": PAIR[1], "target": PAIR[3], "spec": {}, "labels": ["\u00e9 🎉"]})
+    text = codecs.BOM_UTF8 + f"\r\n{item}\r\n\r\n  \r\n{item}".encode()
+    (tmp_path / "jobs.jsonl").write_bytes(text)
+    assert call("batch", "-", input=text).stdout == "b\n"
+    assert call("batch", str(tmp_path / "jobs.jsonl")).stdout == "b\n"
+    bodies = [received.json for received in service.received]
+    assert bodies == [{"items": [json.loads(item)] * 2, "labels": [], "priority": 0}] * 2
 
 
 def test_batch_says_why_jobs_failed_and_what_results_warn_of(service, call):

