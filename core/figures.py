@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from core.images import to_8bit
-from core.regions import SIGMA, Region, find_regions
+from core.regions import LEAST_SIDE, SIGMA, Region, find_regions
 from core.result import CornerResult, Result, claims
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def draw(
         pictures["curves.png"] = draw_curves(course, result)
     if sampled and len(corners) > 1:
         pictures["hull.png"] = draw_hull(*sampled, result)
-    if regions := find_regions(corners):
+    if min(corners.shape[2:]) >= LEAST_SIDE and (regions := find_regions(corners)):
         pictures["regions.png"] = draw_regions(source, target, corners, regions)
     if course.snapshot_steps:
         pictures["snapshots.png"] = draw_snapshots(source, target, course, corners)

@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 Pixels = NDArray[np.floating[Any]]
 
 SIGMA = 4.0  # of the Gaussian, in pixels
-LEAST_SIDE = 64  # of an image in which regions are looked for
+LEAST_SIDE = 64  # of an image whose result shows regions
 REGIONS, ACROSS = 4, 5  # at most so many windows; a side of the image holds so many
 # Windows are left out with less than this share of the first one's variance, or a standard
 # deviation below half a grey level, which no 8-bit image shows.
@@ -58,11 +58,8 @@ def find_regions(corners: Pixels) -> list[Region]:
     """Up to REGIONS windows in which `corners` [K, C, H, W] differ most, the first most of all.
 
     They are ranked by the variance over the corners of what `low_pass` leaves, summed over
-    channels and window, and chosen greedily; none overlaps another. Images with a side under
-    LEAST_SIDE have none.
+    channels and window, and chosen greedily; none overlaps another.
     """
-    if min(corners.shape[2:]) < LEAST_SIDE:
-        return []
     variance = low_pass(corners).var(0).sum(0)  # [H, W]
     height, width = (max(1, side // ACROSS) for side in variance.shape)
     rows = sliding_window_view(variance, height, 0).sum(-1)
