@@ -26,7 +26,8 @@ from scipy import linalg, sparse
 from core.errors import CoreError, InvalidSpec
 from core.polytope import ENDLESS, SIDE, Booleans, Clock, Floats, LayerPolytope
 
-# HiGHS's own 1e-7 would let f' miss by more than float32 does.
+# Of the distance to a constraint, or a multiplier. HiGHS's own 1e-7 would let f' miss by more than
+# float32 does.
 FEASIBLE = 1e-9
 # A constraint that no point of the polytope can leave by more than this is an equality.
 LOOSE, SLACK = 1e-7, 1e-4
@@ -87,7 +88,7 @@ def unit_objectives(polytope: LayerPolytope, units: Sequence[tuple[int, ...]]) -
                 f"Unit {unit} has the target's f' in the whole polytope, so no corner can push it "
                 "away; list inactive units."
             )
-    rows = [polytope.matrix[list(chosen)].sum(axis=0) for chosen in units]
+    rows = [polytope.lengths[list(chosen)] @ polytope.matrix[list(chosen)] for chosen in units]
     return np.asarray(rows, np.float64)
 
 
@@ -175,7 +176,8 @@ def least_budget(polytope: LayerPolytope, *, clock: Clock = ENDLESS) -> LeastBud
         for i in np.argsort(-np.abs(values), kind="stable")[:NAMED]:
             if abs(values[i]) > FEASIBLE:
                 index = tuple(int(part) for part in np.unravel_index(i, shape[kind]))
-                conflicts.append(Conflict(kind, index, float(abs(values[i]))))
+                per = polytope.lengths[i] if kind == "unit" else 1.0  # of f' or of the pixel
+                conflicts.append(Conflict(kind, index, float(abs(values[i]) / per)))
     return LeastBudget(float(found[-1]), found[:-1], conflicts)
 
 
@@ -355,7 +357,9 @@ def _linear_program(
     clock.check()
     program = highspy.HighsLp()
     program.num_row_, program.num_col_ = matrix.shape
-    program.col_cost_, program.col_lower_, program.col_upper_ = cost, lower, upper
+    # The solver's tolerances are absolute: the scale of weights in the cost must not matter.
+    size = float(linalg.norm(cost)) or 1.0
+    program.col_cost_, program.col_lower_, program.col_upper_ = cost / size, lower, upper
     program.row_lower_, program.row_upper_ = np.where(equal, limit, -np.inf), limit
     program.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
     program.a_matrix_.start_ = matrix.indptr
@@ -385,7 +389,7 @@ def _linear_program(
     if status != highspy.HighsModelStatus.kOptimal:
         raise SolverFailed(f"The linear program ended as {solver.modelStatusToString(status)!r}.")
     solution = solver.getSolution()
-    return np.clip(solution.col_value, lower, upper), np.asarray(solution.row_dual)
+    return np.clip(solution.col_value, lower, upper), size * np.asarray(solution.row_dual)
 
 
 _banner_to_come, _banner_lock = True, threading.Lock()
@@ -416,15 +420,13 @@ def _new_solver() -> highspy.Highs:
 
 
 class _NearestProgram:
-    """min |x - image|^2 / 2 over a polytope; its rows in unit length, so that one penalty fits."""
+    """min |x - image|^2 / 2 over a polytope, whose rows have unit length: one penalty fits all."""
 
     def __init__(self, polytope: LayerPolytope, image: Floats) -> None:
-        lengths = sparse.linalg.norm(polytope.matrix, axis=1)
-        kept = lengths > 0
-        rows = sparse.csr_array(sparse.diags_array(1 / lengths[kept]) @ polytope.matrix[kept])
+        rows = polytope.matrix
         dense = rows.nnz > 0.1 * math.prod(rows.shape)
         self.rows: Any = rows.toarray() if dense else rows
-        self.limit, self.equal = polytope.limit[kept] / lengths[kept], polytope.equal[kept]
+        self.limit, self.equal = polytope.limit, polytope.equal
         self.image, self.lower, self.upper = image, polytope.lower, polytope.upper
 
     def pull(self, pixels: Floats, multipliers: Floats, penalty: float) -> Floats:

@@ -143,12 +143,15 @@ def affine_map(tap: Tap, probes: Tensor, clock: Clock = ENDLESS) -> AffineMap:
 class LayerPolytope:
     """The images that share the target's activations: `matrix` x = `limit` where `equal`, else <=.
 
-    Rows are units, [U, d] and [U]; those of saturated units (f' >= 6 of ReLU6) have changed their
-    sign. Pixels are in [`lower`, `upper`]: in [0, 1], and within the budget of the source's.
+    Rows are units, [U, d] and [U], each over the `lengths` [U] of its weights: a constraint is
+    missed by as much as an image is away from it, whatever the scale of the weights. Those of
+    saturated units (f' >= 6 of ReLU6) have changed their sign. Pixels are in [`lower`, `upper`]: in
+    [0, 1], and within the budget of the source's.
     """
 
     affine: AffineMap
     matrix: sparse.csr_array
+    lengths: Floats
     limit: Floats
     equal: Booleans
     source: Floats
@@ -178,9 +181,11 @@ class LayerPolytope:
         equal = np.full(len(pre), True) if null_space else (pre > 0) & ~saturated
         sign = np.where(saturated & ~equal, -1.0, 1.0)
         bound = np.where(equal, pre, np.where(saturated, activation.high, 0.0))
-        matrix = sparse.csr_array(sparse.diags_array(sign) @ affine.matrix)
-        limit = sign * (bound - affine.offset)
-        return cls(affine, matrix, limit, equal, from_pixels, to_pixels, budget)
+        lengths = sparse.linalg.norm(affine.matrix, axis=1)
+        lengths[lengths == 0] = 1.0  # f' of such a unit is the same everywhere
+        matrix = sparse.csr_array(sparse.diags_array(sign / lengths) @ affine.matrix)
+        limit = sign * (bound - affine.offset) / lengths
+        return cls(affine, matrix, lengths, limit, equal, from_pixels, to_pixels, budget)
 
     def within(self, budget: float | None) -> Self:
         """The same with another budget: how far each pixel may be from the source's."""
@@ -197,7 +202,7 @@ class LayerPolytope:
         return np.minimum(self.source + reach, 1)
 
     def excess(self, pixels: Floats) -> float:
-        """How far `pixels` [d] break the worst of the constraints, in f' or pixels; 0 inside."""
+        """How far `pixels` [d] are from the worst of the constraints that they break; 0 inside."""
         past = self.matrix @ pixels - self.limit
         past = np.where(self.equal, np.abs(past), past)
         beyond = np.maximum(self.lower - pixels, pixels - self.upper)

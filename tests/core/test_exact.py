@@ -1,5 +1,6 @@
 """Polytopes worked out by hand, and the shipped digits beside other solvers."""
 
+import copy
 import itertools
 import math
 import pickle
@@ -231,8 +232,8 @@ def test_excess_is_the_worst_of_all_constraints(segment: LayerPolytope) -> None:
 
     assert excess(0.6, 0.8) < 1e-7  # of float32's 0.6
     assert excess(0.7, 0.7) < 1e-7
-    assert excess(0.8, 0.6) == pytest.approx(0.2)  # x <= y
-    assert excess(0.5, 0.8) == pytest.approx(0.1)  # x + y = 1.4
+    assert excess(0.8, 0.6) == pytest.approx(0.2 / math.sqrt(2))  # x <= y
+    assert excess(0.5, 0.8) == pytest.approx(0.1 / math.sqrt(2))  # x + y = 1.4
     assert excess(0.3, 1.1) == pytest.approx(0.1)  # y <= 1
     assert segment.within(0.5).excess(np.array([0.6, 0.8])) == pytest.approx(0.3)
 
@@ -266,7 +267,7 @@ def test_saturated_units_of_relu6_are_free_above_6_and_pushed_up() -> None:
     network = linear(weight, [0.0, 0.0, -1.0], nn.ReLU6)
     polytope = polytope_of(network, [0.0, 0.0, 0.0], [0.75, 0.5, 0.25])
     assert polytope.excess(np.array([0.6, 0.5, 0.0])) < 1e-7
-    assert polytope.excess(np.array([0.5, 0.5, 0.0])) == pytest.approx(1)
+    assert polytope.excess(np.array([0.5, 0.5, 0.0])) == pytest.approx(0.1)
     up, down, both = find_corners(polytope, unit_objectives(polytope, [(0,), (2,), (0, 2)]))
     np.testing.assert_allclose(up, [1, 0.5, 0], **CLOSE)
     np.testing.assert_allclose(down, [0.6, 0.5, 0], **CLOSE)
@@ -309,6 +310,47 @@ def test_collision_error_measures_a_known_miss(
     assert relative[0] == pytest.approx(float((f[0] - f[1]).norm() / f[1].norm()), rel=1e-5)
     assert active[0] == pytest.approx(float((pre[0] - pre[1])[pre[1] > 0].abs().max()), rel=1e-6)
     assert relative[1] == active[1] == 0
+
+
+@pytest.mark.parametrize("scale", [2.0**-23, 2.0**23])
+def test_corners_do_not_depend_on_the_scale_of_weights(
+    mlp: Model,
+    digits: Tensor,
+    seven: LayerPolytope,
+    inactive: list[tuple[int, ...]],
+    corners: Floats,
+    scale: float,
+) -> None:
+    """fc1 times s and fc2 over s are the same function; powers of two round nothing."""
+    network = copy.deepcopy(mlp.classifier.network)
+    for parameter in network.fc1.parameters():
+        parameter.data *= scale
+    network.fc2.weight.data /= scale
+    scaled = open_tap(mlp.classifier.normalize, network, "fc1", digits[:1])
+    activation = scaled.layer.activation
+    polytope = LayerPolytope.of(affine_map(scaled, digits), activation, digits[6], digits[14])
+    assert np.array_equal(polytope.equal, seven.equal)
+    again = find_corners(polytope, unit_objectives(polytope, inactive[:2]))
+    assert np.array_equal(again, corners[:2])
+    assert nearest(polytope, polytope.source).distance == nearest(seven, seven.source).distance
+    assert dimension(polytope) == dimension(seven)
+    budget = 0.6
+    with pytest.raises(InfeasibleBudget) as refused:
+        find_corners(polytope.within(budget), unit_objectives(polytope, inactive[:1]))
+    with pytest.raises(InfeasibleBudget) as expected:
+        find_corners(seven.within(budget), unit_objectives(seven, inactive[:1]))
+    assert str(refused.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e-3, 1e3, 1e7])
+def test_a_segments_corners_do_not_depend_on_the_scale_of_weights(scale: float) -> None:
+    weight, bias = [[scale, scale], [scale, -scale]], [-scale, 0.0]
+    polytope = polytope_of(linear(weight, bias), [1.0, 0.0], [0.6, 0.8])
+    (corner,) = find_corners(polytope, unit_objectives(polytope, [(1,)]))
+    np.testing.assert_allclose(corner, [0.4, 1.0], atol=1e-6)
+    np.testing.assert_allclose(nearest(polytope, polytope.source).pixels, [0.7, 0.7], atol=1e-6)
+    assert unbounded(polytope, [(1,)]) == [True]
+    assert dimension(polytope).dimension == 1
 
 
 def test_a_corner_is_the_same_whatever_else_is_asked_for(
