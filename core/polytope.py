@@ -181,7 +181,7 @@ class LayerPolytope:
         equal = np.full(len(pre), True) if null_space else (pre > 0) & ~saturated
         sign = np.where(saturated & ~equal, -1.0, 1.0)
         bound = np.where(equal, pre, np.where(saturated, activation.high, 0.0))
-        lengths = sparse.linalg.norm(affine.matrix, axis=1)
+        lengths = np.asarray(sparse.linalg.norm(affine.matrix, axis=1), np.float64)
         lengths[lengths == 0] = 1.0  # f' of such a unit is the same everywhere
         matrix = sparse.csr_array(sparse.diags_array(sign / lengths) @ affine.matrix)
         limit = sign * (bound - affine.offset) / lengths
