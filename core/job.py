@@ -182,8 +182,23 @@ def _cut(tap: Tap, references: Tensor) -> tuple[bool, bool]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the machine had no memory left."""
-    told = isinstance(error, RuntimeError) and "allocate memory" in str(error)  # of the CPU's
+    # Of the CPU's allocator; of CUDA and its libraries, beside torch's own allocator.
+    ways = ("allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    told = isinstance(error, RuntimeError) and any(way in str(error) for way in ways)
     return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def is_accelerator_lost(error: BaseException | None) -> bool:
+    """Whether the accelerator has failed, other than for want of memory: after most of its errors
+    this process gets nothing but errors from it, whatever is asked.
+    """
+    signs = ("CUDA error", "CUDA driver error", "CUDNN_STATUS_", "CUBLAS_STATUS_", "HIP error")
+    while error is not None:
+        told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+        if (told or isinstance(error, torch.AcceleratorError)) and not is_out_of_memory(error):
+            return True
+        error = error.__cause__
+    return False
 
 
 @cache

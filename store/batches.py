@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 from sqlalchemy import RowMapping, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from core.spec import CollisionSpec
+from core.spec import SCHEMA_VERSION, CollisionSpec
 from store import removal, specs
 from store.images import Stored
 from store.lifecycle import FINAL, Status
@@ -76,13 +76,14 @@ _INSERT_JOBS = text("""
         ) WITH ORDINALITY AS spec (sha256, model, corners, batch_key, patch_set, number)
     ), new AS (
         INSERT INTO jobs (id, key_id, batch_id, batch_index, custom_id, request_id, priority,
-            labels, deadline_seconds, spec_sha256, file_bytes, model, corners, batch_key, patch_set,
+            labels, deadline_seconds, spec_sha256, file_bytes, schema_version, model, corners,
+            batch_key, patch_set,
             source_name, source_sha256, target_name, target_sha256)
         SELECT gen_random_uuid(), :key_id, :batch_id, item.index, item.custom_id, :request_id,
             item.priority,
             ARRAY(SELECT jsonb_array_elements_text(labels.list)),
-            item.deadline_seconds, spec.sha256, item.file_bytes, spec.model, spec.corners,
-            spec.batch_key, spec.patch_set,
+            item.deadline_seconds, spec.sha256, item.file_bytes, :schema_version, spec.model,
+            spec.corners, spec.batch_key, spec.patch_set,
             item.source_name, item.source_sha256, item.target_name, item.target_sha256
         FROM unnest(
             CAST(:indices AS int[]), CAST(:custom_ids AS text[]), CAST(:spec_numbers AS int[]),
@@ -131,7 +132,8 @@ async def create(
             "bytes": sum(sizes.values()) + len(told),
         },
     )
-    same = {"key_id": key_id, "batch_id": batch_id, "request_id": request_id}
+    same: dict[str, Any] = {"key_id": key_id, "batch_id": batch_id, "request_id": request_id}
+    same["schema_version"] = SCHEMA_VERSION
     remaining = iter(items)
     while chunk := list(islice(remaining, _CHUNK)):
         await connection.execute(_INSERT_JOBS, same | _columns(chunk, written))

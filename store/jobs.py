@@ -100,10 +100,11 @@ class File(NamedTuple):
 _SUBMIT = text("""
     WITH new AS (
         INSERT INTO jobs (id, key_id, request_id, priority, labels, deadline_seconds,
-            spec_sha256, spec_bytes, file_bytes, model, corners, batch_key, patch_set,
-            source_sha256, source_name, target_sha256, target_name)
+            spec_sha256, spec_bytes, file_bytes, schema_version, model, corners, batch_key,
+            patch_set, source_sha256, source_name, target_sha256, target_name)
         VALUES (:id, :key_id, :request_id, :priority, CAST(:labels AS text[]), :deadline_seconds,
-            :spec_sha256, :spec_bytes, :file_bytes, :model, :corners, :batch_key, :patch_set,
+            :spec_sha256, :spec_bytes, :file_bytes, :schema_version, :model, :corners,
+            :batch_key, :patch_set,
             :source_sha256, :source_name, :target_sha256, :target_name)
         RETURNING id, status, attempt
     )
@@ -129,26 +130,57 @@ _REASON = f"""
         SELECT FROM models JOIN workers USING (slot)
         WHERE models.name = jobs.model AND NOT draining AND {FRESH}
     ) THEN format('No running worker serves model ''%s''.', jobs.model)
+    WHEN NOT EXISTS (
+        SELECT FROM workers
+        WHERE workers.schema_version >= jobs.schema_version AND NOT draining AND {FRESH}
+    ) THEN 'Its settings are of a newer form than running workers read; it waits for a newer one.'
     WHEN jobs.patch_set IS NOT NULL AND NOT EXISTS (
         SELECT FROM models JOIN patch_sets USING (slot) JOIN workers USING (slot)
         WHERE models.name = jobs.model AND patch_sets.name = jobs.patch_set
         AND NOT draining AND {FRESH}
     ) THEN format('No running worker that serves the model has patch set ''%s''.', jobs.patch_set)
     ELSE COALESCE(status_reason, 'Waits for its turn.') END AS status_reason"""
-# Two ranges of one index: those of a higher priority, and the older ones of the same.
+# Of its key those of a higher priority and the older ones of the same: two ranges of an index. Of
+# each other key as many, by turns, and one more where that is older.
 _POSITION = f"""
-    CASE WHEN status = 'queued' THEN LEAST({MAX_POSITION}, (
-        SELECT count(*) FROM (
-            SELECT FROM jobs AS other
-            WHERE other.status = 'queued' AND other.priority > jobs.priority LIMIT {MAX_POSITION}
-        ) AS higher
-    ) + (
-        SELECT count(*) FROM (
-            SELECT FROM jobs AS other
-            WHERE other.status = 'queued' AND other.priority = jobs.priority
-            AND other.seq < jobs.seq LIMIT {MAX_POSITION}
-        ) AS older
-    )) END AS queue_position"""
+    CASE WHEN status = 'queued' THEN (
+        WITH RECURSIVE own AS (
+            SELECT LEAST({MAX_POSITION}, (
+                SELECT count(*) FROM (
+                    SELECT FROM jobs AS other WHERE other.status = 'queued'
+                    AND other.key_id = jobs.key_id AND other.priority > jobs.priority
+                    LIMIT {MAX_POSITION}
+                ) AS higher
+            ) + (
+                SELECT count(*) FROM (
+                    SELECT FROM jobs AS other WHERE other.status = 'queued'
+                    AND other.key_id = jobs.key_id AND other.priority = jobs.priority
+                    AND other.seq < jobs.seq LIMIT {MAX_POSITION}
+                ) AS older
+            )) AS place
+        ), key AS (
+            (SELECT key_id FROM jobs AS other WHERE status = 'queued' ORDER BY key_id LIMIT 1)
+            UNION ALL
+            SELECT (SELECT key_id FROM jobs AS other WHERE status = 'queued'
+                    AND other.key_id > key.key_id ORDER BY key_id LIMIT 1)
+            FROM key WHERE key.key_id IS NOT NULL
+        )
+        SELECT LEAST({MAX_POSITION}, place + (
+            SELECT count(*) FROM (
+                SELECT FROM key CROSS JOIN LATERAL (
+                    SELECT seq, row_number() OVER (ORDER BY priority DESC, seq) AS place
+                    FROM (
+                        SELECT priority, seq FROM jobs AS other
+                        WHERE other.status = 'queued' AND other.key_id = key.key_id
+                        ORDER BY priority DESC, seq LIMIT own.place + 1
+                    ) AS theirs
+                ) AS before
+                WHERE key.key_id <> jobs.key_id
+                AND (before.place <= own.place OR before.seq < jobs.seq)
+                LIMIT {MAX_POSITION}
+            ) AS others
+        )) FROM own
+    ) END AS queue_position"""
 _GET = text(f"""
     SELECT {_OWN_COLUMNS}, {_REASON}, {_POSITION}, {DETAILS} AS details,
         CASE WHEN status = 'succeeded' THEN (
@@ -222,6 +254,7 @@ async def submit(connection: AsyncConnection, job: NewJob) -> None:
             "spec_sha256": written.sha256,
             "spec_bytes": written.size,
             "file_bytes": job.file_bytes,
+            "schema_version": job.spec.schema_version,
             "model": job.spec.model,
             "corners": job.spec.corners,
             "batch_key": job.spec.batch_key,

@@ -2,6 +2,8 @@
 
 import logging
 import sys
+import threading
+from types import TracebackType
 from typing import Literal
 
 import structlog
@@ -43,3 +45,22 @@ def configure(mode: Literal["local", "server"]) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)
+    if not for_people:  # what Python itself would print is to be JSON as well
+        logging.captureWarnings(True)
+        sys.excepthook = _log_uncaught
+        threading.excepthook = _log_uncaught_in_thread
+
+
+def _log_uncaught(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        return
+    logging.getLogger(__name__).critical("ended", exc_info=(kind, error, traceback))
+
+
+def _log_uncaught_in_thread(told: threading.ExceptHookArgs) -> None:
+    name = told.thread.name if told.thread else "a thread"
+    if told.exc_value is not None and not issubclass(told.exc_type, SystemExit):
+        raised = (told.exc_type, told.exc_value, told.exc_traceback)
+        logging.getLogger(__name__).critical(f"{name} ended", exc_info=raised)

@@ -6,20 +6,20 @@ then nothing happens. Times are the database's. Functions take a connection and 
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, TextClause, text
 
 from core.errors import UnknownName
+from core.spec import SCHEMA_VERSION
 from store import blobs
 from store.lifecycle import Event, Status
 from store.moves import CHANNEL, KEPT, befall
 from store.overview import LIVE
 from store.specs import SPEC
-from store.workers import FRESH
 
 ALONE = "alone:"  # begins the batch key of a job that shares its worker with no other
 # A job whose worker vanished this often is suspected, and its neighbours are not to suffer.
@@ -52,13 +52,12 @@ class Claimed:
 
 @dataclass(frozen=True)
 class Kind:
-    """Jobs that wait for the same engine; `priority` and `seq` are those of the first of them."""
+    """Jobs that wait for the same engine; `first` has the priority of each key's first one."""
 
     batch_key: str
     model: str
     patch_set: str | None
-    priority: int
-    seq: int
+    first: Mapping[UUID, int]
 
 
 @dataclass(frozen=True)
@@ -91,34 +90,62 @@ def _held(leases: Iterable[Lease]) -> dict[str, Any]:
     return {"ids": [lease.job_id for lease in held], "tokens": [lease.token for lease in held]}
 
 
-# Walks from kind to kind along the index instead of reading all that wait.
-_KINDS = text("""
-    WITH RECURSIVE kind AS (
-        SELECT min(batch_key) AS batch_key FROM jobs WHERE status = 'queued'
+# What this version of a worker can read, and has not failed to.
+_READABLE = "schema_version <= :version AND id <> ALL(CAST(:unread AS uuid[]))"
+_BUSY = """
+    SELECT key_id, sum(corners) AS rows FROM jobs
+    WHERE status IN ('running', 'canceling') GROUP BY key_id"""
+# Walks from kind to kind and in each from key to key along the index, instead of reading all that
+# wait. A key's kinds wait for the rows that it has in flight, and for those that go before.
+_KINDS = text(f"""
+    WITH RECURSIVE pair AS (
+        (SELECT batch_key, key_id FROM jobs WHERE status = 'queued'
+         ORDER BY batch_key, key_id LIMIT 1)
         UNION ALL
-        SELECT (SELECT min(batch_key) FROM jobs
-                WHERE status = 'queued' AND batch_key > kind.batch_key)
-        FROM kind WHERE kind.batch_key IS NOT NULL
+        SELECT next.* FROM pair CROSS JOIN LATERAL (
+            SELECT batch_key, key_id FROM jobs
+            WHERE status = 'queued' AND (batch_key, key_id) > (pair.batch_key, pair.key_id)
+            ORDER BY batch_key, key_id LIMIT 1
+        ) AS next
+    ), head AS (
+        SELECT own.* FROM pair CROSS JOIN LATERAL (
+            SELECT batch_key, key_id, model, patch_set, priority, seq, corners, queued_at
+            FROM jobs
+            WHERE status = 'queued' AND batch_key = pair.batch_key AND key_id = pair.key_id
+            AND {_READABLE}
+            ORDER BY priority DESC, seq LIMIT 1
+        ) AS own
     )
-    SELECT head.* FROM kind CROSS JOIN LATERAL (
-        SELECT batch_key, model, patch_set, priority, seq FROM jobs
-        WHERE status = 'queued' AND batch_key = kind.batch_key
-        ORDER BY priority DESC, seq LIMIT 1
-    ) AS head
-    ORDER BY head.priority DESC, head.seq
+    SELECT batch_key, key_id, model, patch_set, priority FROM head
+    LEFT JOIN ({_BUSY}) AS busy USING (key_id)
+    ORDER BY COALESCE(busy.rows, 0) + sum(corners) OVER (
+        PARTITION BY key_id ORDER BY priority DESC, seq) - corners, queued_at, seq
 """)
 
 
-def kinds(connection: Connection) -> list[Kind]:
-    """The kinds of jobs that wait, the most urgent first."""
-    return [Kind(*row) for row in connection.execute(_KINDS)]
+def _readable(unread: Iterable[UUID]) -> dict[str, Any]:
+    return {"version": SCHEMA_VERSION, "unread": list(unread)}
 
 
-# Of each key the first of its jobs, then of all those the first by priority, by turn and by age;
-# a key that has jobs running waits for as many turns. The lock skips what another worker takes.
+def kinds(connection: Connection, unread: Iterable[UUID] = ()) -> list[Kind]:
+    """The kinds of jobs that wait, by the turns of their keys; not those of a newer form of
+    settings, nor `unread` jobs.
+    """
+    found: dict[str, Kind] = {}
+    for row in connection.execute(_KINDS, _readable(unread)):
+        named = Kind(row.batch_key, row.model, row.patch_set, {})
+        kind = found.setdefault(row.batch_key, named)
+        found[row.batch_key] = replace(kind, first={**kind.first, row.key_id: row.priority})
+    return list(found.values())
+
+
+# Of each key the first of its jobs, by priority and age; then those of all keys by their turn,
+# which is the rows that a key has in flight and in jobs that go before. So each has the same share
+# of rows while others wait; of equals, who waits longer, since a job may have given way. The lock
+# skips what another worker takes.
 _CLAIM = befall(
     Event.CLAIM,
-    """
+    f"""
     FROM (
         SELECT id FROM jobs WHERE status = 'queued' AND id IN (
             WITH RECURSIVE key AS (
@@ -129,26 +156,23 @@ _CLAIM = befall(
                         WHERE status = 'queued' AND batch_key = :batch_key
                         AND key_id > key.key_id ORDER BY key_id LIMIT 1)
                 FROM key WHERE key.key_id IS NOT NULL
-            ), busy AS (
-                SELECT key_id, count(*) AS jobs FROM jobs
-                WHERE status IN ('running', 'canceling') GROUP BY key_id
             ), turns AS (
-                SELECT own.*, COALESCE(busy.jobs, 0) + row_number() OVER (
-                    PARTITION BY own.key_id ORDER BY own.priority DESC, own.seq) AS turn
+                SELECT own.*, COALESCE(busy.rows, 0) + sum(corners) OVER (
+                    PARTITION BY own.key_id ORDER BY own.priority DESC, own.seq) - corners AS turn
                 FROM key
                 CROSS JOIN LATERAL (
-                    SELECT id, key_id, priority, seq, corners FROM jobs
+                    SELECT id, key_id, priority, seq, corners, queued_at FROM jobs
                     WHERE status = 'queued' AND batch_key = :batch_key AND key_id = key.key_id
+                    AND {_READABLE}
                     ORDER BY priority DESC, seq LIMIT :jobs
                 ) AS own
-                LEFT JOIN busy ON busy.key_id = own.key_id
+                LEFT JOIN ({_BUSY}) AS busy ON busy.key_id = own.key_id
             ), filled AS (
-                SELECT id, turn, priority, seq, sum(corners) OVER place AS rows,
-                    row_number() OVER place AS place
-                FROM turns WINDOW place AS (ORDER BY priority DESC, turn, seq)
+                SELECT id, sum(corners) OVER place AS rows, row_number() OVER place AS place
+                FROM turns WINDOW place AS (ORDER BY turn, queued_at, seq)
             )
             SELECT id FROM filled WHERE rows <= :rows OR (place = 1 AND :at_least_one)
-            ORDER BY priority DESC, turn, seq LIMIT :jobs
+            ORDER BY place LIMIT :jobs
         )
         FOR UPDATE SKIP LOCKED
     ) AS chosen
@@ -175,14 +199,17 @@ def claim(
     at_least_one: bool,
     worker_id: UUID,
     lease: timedelta,
+    unread: Iterable[UUID] = (),
 ) -> list[Claimed]:
     """Takes up to `jobs` waiting jobs of a kind, of at most `rows` corners together.
 
-    By priority first, then keys take turns, then by age. A job without room is not skipped for a
-    smaller one behind it, and with `at_least_one` it is taken all the same. Empty also where
-    another worker was quicker.
+    Keys take turns, so that each has as many rows in flight; a key's own jobs go by priority, then
+    by age. A job without room is not skipped for a smaller one behind it, and with `at_least_one`
+    it is taken all the same. Left alone are jobs of a newer form of settings, and `unread` ones.
+    Empty also where another worker was quicker.
     """
     params = {"batch_key": batch_key, "rows": rows, "jobs": jobs, "at_least_one": at_least_one}
+    params |= _readable(unread)
     taken = connection.execute(_CLAIM, params | {"worker_id": worker_id, "lease": lease})
     claimed = [
         (
@@ -216,7 +243,7 @@ def read_blobs(connection: Connection, hashes: Iterable[str]) -> dict[str, bytes
 
 _EXTEND = text(f"""
     UPDATE jobs SET lease_expires_at = clock_timestamp() + :lease
-    {_HELD} RETURNING jobs.lease_token, jobs.status
+    {_HELD} RETURNING jobs.lease_token, jobs.status, jobs.keep
 """)
 _PROGRESS = text(f"""
     WITH told AS (
@@ -231,10 +258,14 @@ _PROGRESS = text(f"""
 """)
 
 
-def extend(connection: Connection, leases: Iterable[Lease], lease: timedelta) -> dict[UUID, Status]:
-    """Renews leases; the status of each job that is still ours, by the lease's token."""
+def extend(
+    connection: Connection, leases: Iterable[Lease], lease: timedelta
+) -> dict[UUID, tuple[Status, bool]]:
+    """Renews leases; of each job that is still ours, by the lease's token, its status, and whether
+    its owner wants no more of it than what it has found.
+    """
     held = connection.execute(_EXTEND, _held(leases) | {"lease": lease})
-    return {row.lease_token: Status(row.status) for row in held}
+    return {row.lease_token: (Status(row.status), row.keep) for row in held}
 
 
 def report_progress(connection: Connection, news: Mapping[Lease, Mapping[str, Any]]) -> None:
@@ -247,16 +278,25 @@ def report_progress(connection: Connection, news: Mapping[Lease, Mapping[str, An
 
 
 _CHECKPOINT = text(f"""
-    UPDATE jobs SET checkpoint_sha256 = :sha256 {_HELD} RETURNING jobs.id
+    UPDATE jobs SET checkpoint_sha256 = :sha256,
+        crashes = CASE WHEN :steps > COALESCE(checkpoint_steps, 0) THEN 0 ELSE crashes END,
+        checkpoint_steps = GREATEST(:steps, checkpoint_steps)
+    {_HELD} RETURNING jobs.id
 """)
 
 
-def keep_checkpoint(connection: Connection, lease: Lease, state: bytes, *, inline: bool) -> bool:
-    """Keeps where a job stands, in the store or, not `inline`, by its hash; whether it is ours."""
+def keep_checkpoint(
+    connection: Connection, lease: Lease, state: bytes, steps: int, *, inline: bool
+) -> bool:
+    """Keeps where a job stands, in the store or, not `inline`, by its hash; whether it is ours.
+
+    A job that gets further than ever is not to blame for what ended its workers before.
+    """
     sha256 = blobs.digest(state)
     if inline:
         connection.execute(*blobs.put([(blobs.SAFETENSORS, state)]))
-    return bool(connection.execute(_CHECKPOINT, _held([lease]) | {"sha256": sha256}).all())
+    params = _held([lease]) | {"sha256": sha256, "steps": steps}
+    return bool(connection.execute(_CHECKPOINT, params).all())
 
 
 _SNAPSHOT = text(f"""
@@ -284,7 +324,7 @@ _SUCCEED = befall(
     Event.SUCCEED,
     _HELD,
     f"{_UNLEASE}, checkpoint_sha256 = NULL",
-    reason="NULL",
+    reason="CASE WHEN keep THEN 'Its owner ended it, and kept what it had found.' END",
     file_bytes=f"""{KEPT} + (
         SELECT bytes FROM unnest(CAST(:ids AS uuid[]), CAST(:bytes AS bigint[])) AS own (id, bytes)
         WHERE own.id = jobs.id)""",
@@ -417,25 +457,44 @@ _EXPIRED = """
             OR lease_expires_at = '-infinity')
         AND (crashes + 1 < :max_crashes) = {again}
         ORDER BY id FOR UPDATE SKIP LOCKED
-    ) AS expired
-    WHERE jobs.id = expired.id"""
-_LOSE = befall(
-    Event.LOSE,
-    _EXPIRED.format(again="true"),
-    f"""{_UNLEASE}, queued_at = clock_timestamp(), progress = NULL, crashes = crashes + 1,
-    batch_key = CASE WHEN crashes + 1 >= {SUSPECT_AFTER}
-        THEN '{ALONE}' || jobs.id ELSE batch_key END""",
-    reason="""format('Its worker vanished, for the %s. time of %s; it waits for another.',
-        crashes + 1, CAST(:max_crashes AS int))""",
-)
-_GIVE_UP = befall(
-    Event.GIVE_UP,
-    _EXPIRED.format(again="false"),
-    f"""{_UNLEASE}, crashes = crashes + 1,
-    error = CASE jobs.status WHEN 'running' THEN
-        jsonb_build_object('code', 'worker_lost', 'message', CAST(:reason AS text)) END""",
-    reason=_GIVEN,
-)
+    ) AS crashed
+    WHERE jobs.id = crashed.id"""
+_CRASHED = """
+    FROM (
+        SELECT jobs.id FROM jobs
+        JOIN unnest(CAST(:ids AS uuid[]), CAST(:tokens AS uuid[])) AS lease (id, token)
+        ON jobs.id = lease.id AND jobs.lease_token = lease.token
+        WHERE (crashes + 1 < :max_crashes) = {again}
+        ORDER BY jobs.id FOR UPDATE OF jobs
+    ) AS crashed
+    WHERE jobs.id = crashed.id"""
+
+
+def _lose(which: str) -> TextClause:
+    return befall(
+        Event.LOSE,
+        which.format(again="true"),
+        f"""{_UNLEASE}, queued_at = clock_timestamp(), progress = NULL, crashes = crashes + 1,
+        batch_key = CASE WHEN crashes + 1 >= {SUSPECT_AFTER}
+            THEN '{ALONE}' || jobs.id ELSE batch_key END""",
+        reason="""format('%s, for the %s. time of %s; it waits for another.',
+            CAST(:what AS text), crashes + 1, CAST(:max_crashes AS int))""",
+    )
+
+
+def _give_up(which: str) -> TextClause:
+    return befall(
+        Event.GIVE_UP,
+        which.format(again="false"),
+        f"""{_UNLEASE}, crashes = crashes + 1,
+        error = CASE jobs.status WHEN 'running' THEN
+            jsonb_build_object('code', 'worker_lost', 'message', CAST(:reason AS text)) END""",
+        reason=_GIVEN,
+    )
+
+
+_LOSE, _GIVE_UP = _lose(_EXPIRED), _give_up(_EXPIRED)
+_LOSE_HELD, _GIVE_UP_HELD = _lose(_CRASHED), _give_up(_CRASHED)
 
 
 def expire(connection: Connection, max_crashes: int, lease: timedelta) -> int:
@@ -445,7 +504,7 @@ def expire(connection: Connection, max_crashes: int, lease: timedelta) -> int:
     A database that has started less than a `lease` ago is not yet in a position to tell.
     """
     params = {"max_crashes": max_crashes, "lease": lease}
-    lost = connection.execute(_LOSE, params).all()
+    lost = connection.execute(_LOSE, params | {"what": "Its worker vanished"}).all()
     reason = (
         f"{max_crashes} workers vanished while they ran this job; it may need more memory than "
         "they have, or a step of it hangs."
@@ -455,53 +514,143 @@ def expire(connection: Connection, max_crashes: int, lease: timedelta) -> int:
     return len(lost) + len(given_up)
 
 
-# No live worker at all says nothing of a set: then no clock runs.
-_MISSING = text(f"""
-    WITH missing AS (
-        SELECT name FROM unnest(CAST(:names AS text[])) AS wanted (name)
-        WHERE EXISTS (SELECT FROM workers WHERE NOT draining AND {FRESH})
-        AND NOT EXISTS (SELECT FROM patch_sets WHERE patch_sets.name = wanted.name AND {LIVE})
-    ), back AS (
-        DELETE FROM missing_patch_sets WHERE name NOT IN (SELECT name FROM missing)
-    ), noted AS (
-        INSERT INTO missing_patch_sets (name) SELECT name FROM missing ON CONFLICT DO NOTHING
+def crash(connection: Connection, leases: Iterable[Lease], max_crashes: int, error: str) -> None:
+    """Takes jobs from a worker that is about to end since its accelerator failed, as `expire` does
+    from one that has vanished: any of them may be what made it fail.
+    """
+    params = _held(leases) | {"max_crashes": max_crashes}
+    what = f"Its worker's accelerator failed ({error})"
+    connection.execute(_LOSE_HELD, params | {"what": what})
+    reason = (
+        f"The accelerators of {max_crashes} workers failed while they ran this job, at last with: "
+        f"{error}; submit it again with other settings, or tell whoever runs the workers."
     )
-    SELECT name FROM missing_patch_sets JOIN missing USING (name)
-    WHERE since < clock_timestamp() - :grace
+    connection.execute(_GIVE_UP_HELD, params | {"reason": reason})
+
+
+_REFUSE = text("""
+    INSERT INTO refusals (slot, batch_key, reason) VALUES (:slot, :batch_key, :reason)
+    ON CONFLICT (slot, batch_key) DO UPDATE SET reason = excluded.reason
 """)
-_LIVE_SETS = text(f"SELECT DISTINCT name FROM patch_sets WHERE {LIVE}")
+
+
+def refuse(connection: Connection, lease: Lease, slot: str, batch_key: str, reason: str) -> None:
+    """Hands a job back whose network the worker of a slot cannot load: others may."""
+    connection.execute(_REFUSE, {"slot": slot, "batch_key": batch_key, "reason": reason})
+    release(connection, [lease], reason)
+
+
+def accept(connection: Connection, slot: str, batch_key: str) -> None:
+    """Says that the worker of a slot can load after all what it has refused."""
+    connection.execute(
+        text("DELETE FROM refusals WHERE slot = :slot AND batch_key = :batch_key"),
+        {"slot": slot, "batch_key": batch_key},
+    )
+
+
+_TRIED = text("""
+    SELECT DISTINCT batch_key, model, patch_set FROM jobs WHERE status IN ('running', 'canceling')
+""")
+_SERVED = {
+    "slots": text(f"SELECT slot FROM workers WHERE {LIVE}"),
+    # Who has not reported any yet may have them all.
+    "reporting": text(f"SELECT DISTINCT slot FROM models WHERE {LIVE}"),
+    "models": text(f"SELECT slot, name FROM models WHERE name = ANY(:models) AND {LIVE}"),
+    "patch_sets": text(f"SELECT slot, name FROM patch_sets WHERE {LIVE}"),
+    "refusals": text(f"SELECT slot, batch_key, reason FROM refusals WHERE {LIVE} ORDER BY since"),
+}
+_UNSERVED = text("""
+    WITH back AS (
+        DELETE FROM unserved_kinds WHERE batch_key <> ALL(CAST(:keys AS text[]))
+    ), noted AS (
+        INSERT INTO unserved_kinds (batch_key) SELECT unnest(CAST(:keys AS text[]))
+        ON CONFLICT DO NOTHING
+    )
+    SELECT batch_key FROM unserved_kinds
+    WHERE batch_key = ANY(CAST(:keys AS text[])) AND since < clock_timestamp() - :grace
+""")
+_MODEL_NAMES = text(f"SELECT DISTINCT name FROM models WHERE {LIVE}")
 _STRAND = befall(
     Event.STRAND,
     """
     FROM (
-        SELECT id FROM jobs
-        WHERE status = 'queued' AND batch_key = ANY(CAST(:keys AS text[])) AND patch_set = :name
+        SELECT id FROM jobs WHERE status = 'queued' AND batch_key = :batch_key
         ORDER BY id FOR UPDATE SKIP LOCKED
     ) AS stranded
     WHERE jobs.id = stranded.id""",
     """checkpoint_sha256 = NULL, error = jsonb_build_object(
-        'code', 'patch_set_missing', 'message', CAST(:reason AS text))""",
+        'code', CAST(:code AS text), 'message', CAST(:reason AS text))""",
     reason=_GIVEN,
 )
 
 
-def strand(connection: Connection, waiting: Iterable[Kind], grace: timedelta) -> int:
-    """Fails jobs of these kinds whose patch set no live worker has had for a `grace`; how many.
+class _Served:
+    """What live workers serve, by slot."""
+
+    def __init__(self, connection: Connection, models: Iterable[str]) -> None:
+        asked = {"models": {"models": list(models)}}
+        found = {
+            name: connection.execute(query, asked.get(name, {})).all()
+            for name, query in _SERVED.items()
+        }
+        self._slots = {row.slot for row in found["slots"]}
+        self._silent = self._slots - {row.slot for row in found["reporting"]}
+        self._models = {(row.slot, row.name) for row in found["models"]}
+        self.sets = {(row.slot, row.name) for row in found["patch_sets"]}
+        self._refusals = {(row.slot, row.batch_key): row.reason for row in found["refusals"]}
+
+    def lack(self, kind: Kind) -> tuple[str, str] | None:
+        """Why no worker runs a kind: a code, and the reason of one that refuses it. None where one
+        may, or where none is there to tell.
+        """
+        open_it = {slot for slot in self._slots if (slot, kind.model) in self._models}
+        have_set = {slot for slot in self._slots if (slot, kind.patch_set) in self.sets}
+        able = open_it | self._silent
+        if kind.patch_set is not None:
+            able &= have_set
+        reasons = [self._refusals.get((slot, kind.batch_key)) for slot in sorted(able)]
+        if not self._slots or None in reasons:
+            return None
+        if reasons:
+            return "model_unavailable", str(reasons[0])
+        if not open_it | self._silent:
+            return "model_missing", ""
+        return "patch_set_missing", f"has model {kind.model!r} as well" if have_set else ""
+
+
+def strand(connection: Connection, waiting: Sequence[Kind], grace: timedelta) -> int:
+    """Fails jobs of these kinds whose model or patch set no live worker has had for a `grace`, or
+    whose network none could load; how many.
 
     Only while there is a live worker: one that starts again loses no job.
     """
-    keys: dict[str, list[str]] = {}
-    for kind in waiting:
-        if kind.patch_set is not None:
-            keys.setdefault(kind.patch_set, []).append(kind.batch_key)
+    # A worker that tries to load a network once more must not set the clock back.
+    tried = [
+        Kind(row.batch_key, row.model, row.patch_set, {}) for row in connection.execute(_TRIED)
+    ]
+    served = _Served(connection, {kind.model for kind in [*tried, *waiting]})
+    lacking = {
+        kind.batch_key: (kind, why) for kind in [*tried, *waiting] if (why := served.lack(kind))
+    }
     stranded = 0
-    for name in connection.scalars(_MISSING, {"names": list(keys), "grace": grace}).all():
-        unknown = UnknownName("patch set", name, connection.scalars(_LIVE_SETS))
-        reason = (
-            f"{unknown} The workers have it no more: build it again (`polycollide patches build`), "
-            "then submit the job again."
-        )
-        params = {"name": name, "keys": keys[name], "reason": reason}
+    due = connection.scalars(_UNSERVED, {"keys": list(lacking), "grace": grace}).all()
+    for batch_key in due:
+        kind, (code, more) = lacking[batch_key]
+        if code == "model_unavailable":
+            reason = f"No worker can load the job's network: {more}"
+        elif code == "model_missing":
+            unknown = UnknownName("model", kind.model, connection.scalars(_MODEL_NAMES))
+            reason = f"{unknown} No running worker serves it: submit the job again when one does."
+        elif more:
+            reason = f"No running worker that has patch set {kind.patch_set!r} {more}: build it "
+            reason += "there (`polycollide patches build`), then submit the job again."
+        else:
+            unknown = UnknownName(
+                "patch set", str(kind.patch_set), {name for _, name in served.sets}
+            )
+            reason = f"{unknown} The workers have it no more: build it again "
+            reason += "(`polycollide patches build`), then submit the job again."
+        params = {"batch_key": batch_key, "code": code, "reason": reason}
         stranded += len(connection.execute(_STRAND, params).all())
     return stranded
 

@@ -39,6 +39,8 @@ _SWEEPS = {
             DELETE FROM workers WHERE heartbeat_at < clock_timestamp() - :keep RETURNING slot
         ), sets AS (
             DELETE FROM patch_sets WHERE slot IN (SELECT slot FROM gone)
+        ), refused AS (
+            DELETE FROM refusals WHERE slot IN (SELECT slot FROM gone)
         )
         DELETE FROM models WHERE slot IN (SELECT slot FROM gone)""",
     # A blob that is stored again at this moment has its row locked, and then is no longer old.

@@ -138,9 +138,11 @@ class Batch(Base):
 class Job(Base):
     """One job, from its submission to its final status.
 
-    `seq` is its age. `crashes` counts attempts that ended with their worker. While it is leased,
-    only who knows `lease_token` may write to it. `checkpoint_sha256` names a blob or, for a large
-    one, a file on the volume of the worker that wrote it. `spec` is of older jobs, which have no
+    `seq` is its age. `schema_version` is that of its settings' form. `crashes` counts attempts that
+    ended with their worker, since a checkpoint last got further than `checkpoint_steps`. While it
+    is leased, only who knows `lease_token` may write to it. `checkpoint_sha256` names a blob or,
+    for a large one, a file on the volume of the worker that wrote it. `keep`: its owner wants no
+    more of it than what it has found. `spec` is of older jobs, which have no
     `spec_sha256`. `file_bytes` are those of its files: at most, until it has ended.
     """
 
@@ -168,6 +170,7 @@ class Job(Base):
     spec_sha256: Mapped[str | None] = mapped_column(ForeignKey("specs.sha256"), index=True)
     spec_bytes: Mapped[int] = mapped_column(server_default="0")  # 0 where its batch counts them
     file_bytes: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    schema_version: Mapped[int] = mapped_column(SmallInteger, server_default="1")
     model: Mapped[str]
     corners: Mapped[int]
     batch_key: Mapped[str]
@@ -183,8 +186,10 @@ class Job(Base):
     lease_expires_at: Mapped[datetime | None]
     worker_id: Mapped[uuid.UUID | None]
     cancel_requested_at: Mapped[datetime | None]
+    keep: Mapped[bool] = mapped_column(server_default="false")
     progress: Mapped[Json | None]
     checkpoint_sha256: Mapped[str | None]
+    checkpoint_steps: Mapped[int | None]
     error: Mapped[Json | None]
 
     __table_args__ = (
@@ -205,8 +210,11 @@ class Job(Base):
             *("batch_key", desc("priority"), "seq"),
             postgresql_where=text("status = 'queued'"),
         ),
+        # Places in the queue: each key's own order.
         Index(
-            "ix_jobs_position", desc("priority"), "seq", postgresql_where=text("status = 'queued'")
+            "ix_jobs_turns",
+            *("key_id", desc("priority"), "seq"),
+            postgresql_where=text("status = 'queued'"),
         ),
         Index("ix_jobs_leased", "worker_id", postgresql_where=text(_in(LEASED))),
         # Lists.
@@ -317,7 +325,7 @@ class IdempotencyKey(Base):
 class Worker(Base):
     """A process that runs jobs, one for each GPU. In its `slot` it replaces the one before.
 
-    `draining` tells it to hand back what it has.
+    `draining` tells it to hand back what it has. It reads settings up to its `schema_version`.
     """
 
     __tablename__ = "workers"
@@ -329,6 +337,7 @@ class Worker(Base):
     heartbeat_at: Mapped[datetime] = _now()
     draining: Mapped[bool] = mapped_column(server_default="false")
     steps_per_second: Mapped[float] = mapped_column(server_default="0")
+    schema_version: Mapped[int] = mapped_column(SmallInteger, server_default="1")
 
 
 class Model(Base):
@@ -368,8 +377,30 @@ class PatchSet(Base):
     __table_args__ = (PrimaryKeyConstraint("slot", "name"),)
 
 
+class Refusal(Base):
+    """A kind of jobs whose network the worker of a slot cannot load, and why."""
+
+    __tablename__ = "refusals"
+
+    slot: Mapped[str]
+    batch_key: Mapped[str]
+    reason: Mapped[str]
+    since: Mapped[datetime] = _now()
+
+    __table_args__ = (PrimaryKeyConstraint("slot", "batch_key"),)
+
+
+class UnservedKind(Base):
+    """A kind of jobs that wait, and that no live worker has been able to run `since`."""
+
+    __tablename__ = "unserved_kinds"
+
+    batch_key: Mapped[str] = mapped_column(primary_key=True)
+    since: Mapped[datetime] = _now()
+
+
 class MissingPatchSet(Base):
-    """A patch set that jobs wait for, and that no live worker has had `since`."""
+    """What reconcilers of before `unserved_kinds` write; to go when none of them can be left."""
 
     __tablename__ = "missing_patch_sets"
 

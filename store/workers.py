@@ -7,6 +7,8 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
+from core.spec import SCHEMA_VERSION
+
 # A worker that was not heard of for so long is taken for gone.
 FRESH = "heartbeat_at > clock_timestamp() - interval '10 seconds'"
 
@@ -21,11 +23,14 @@ def register(connection: Connection, worker_id: UUID, slot: str, device: str) ->
         """),
         {"slot": slot},
     )
-    for table in ("workers", "patch_sets"):
+    for table in ("workers", "patch_sets", "refusals"):
         connection.execute(text(f"DELETE FROM {table} WHERE slot = :slot"), {"slot": slot})
     connection.execute(
-        text("INSERT INTO workers (id, slot, device) VALUES (:id, :slot, :device)"),
-        {"id": worker_id, "slot": slot, "device": device},
+        text("""
+            INSERT INTO workers (id, slot, device, schema_version)
+            VALUES (:id, :slot, :device, :version)
+        """),
+        {"id": worker_id, "slot": slot, "device": device, "version": SCHEMA_VERSION},
     )
 
 
@@ -34,13 +39,13 @@ def heartbeat(
 ) -> bool:
     """Says that a worker lives; whether it is to drain. Enters it again where it was removed."""
     beat = text("""
-        INSERT INTO workers (id, slot, device, steps_per_second)
-        VALUES (:id, :slot, :device, :steps_per_second)
+        INSERT INTO workers (id, slot, device, steps_per_second, schema_version)
+        VALUES (:id, :slot, :device, :steps_per_second, :version)
         ON CONFLICT (id) DO UPDATE SET heartbeat_at = clock_timestamp(),
             steps_per_second = excluded.steps_per_second
         RETURNING draining
     """)
-    worker = {"id": worker_id, "slot": slot, "device": device}
+    worker = {"id": worker_id, "slot": slot, "device": device, "version": SCHEMA_VERSION}
     return bool(connection.scalar(beat, worker | {"steps_per_second": steps_per_second}))
 
 
@@ -53,7 +58,7 @@ def drain(connection: Connection, slot: str) -> None:
 
 def leave(connection: Connection, slot: str) -> None:
     """Strikes a slot out that has ended in good order."""
-    for table in ("workers", "models", "patch_sets"):
+    for table in ("workers", "models", "patch_sets", "refusals"):
         connection.execute(text(f"DELETE FROM {table} WHERE slot = :slot"), {"slot": slot})
 
 

@@ -32,3 +32,5 @@ class Moody(nn.Module):
                 time.sleep(60)
         if mood.exists() and mood.read_text() == "hungry" and len(images) > 8:
             raise torch.OutOfMemoryError("more than 8 rows")
+        if mood.exists() and mood.read_text() == "poisoned":
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")

@@ -92,7 +92,7 @@ class Service:
         options = ["--concurrency=1", "--without-mingle", "--without-gossip", "--loglevel=WARNING"]
         process = self.start(
             f"worker {slot}",
-            *("celery", "--app", "worker.app", "worker", f"--hostname=w{number}@%h"),
+            *("celery", "--quiet", "--app", "worker.app", "worker", f"--hostname=w{number}@%h"),
             *options,
             POLYCOLLIDE_SLOT=slot,
             **env,

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,8 @@ app.conf.update(
     worker_send_task_events=False,
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
+    # A server that has become a read-only replica answers with an error, and will be master again.
+    broker_channel_error_retry=True,
     broker_transport_options={
         # Who waits for a bell sends nothing: only this tells it that Redis is out of reach.
         "socket_keepalive": True,
@@ -70,6 +73,7 @@ app.conf.update(
 _child: Any = None  # the Runner, in the pool's child only
 
 
+@signals.celeryd_init.connect  # which comes before the first warnings
 @signals.setup_logging.connect
 def _log(**_: Any) -> None:
     configure(settings().mode)
@@ -86,6 +90,19 @@ def _start(**_: Any) -> None:
     sys.setswitchinterval(1e-3)
     _child = Runner(settings(), os.environ["POLYCOLLIDE_SLOT"])
     _child.start()
+    threading.Thread(target=_look, name="look", daemon=True).start()
+
+
+def _look() -> None:
+    """Looks at the table now and then: bells may be lost, or Redis away."""
+    while True:
+        time.sleep(settings().reconcile_every.total_seconds())
+        try:
+            _child.look()
+        except SQLAlchemyError as error:
+            log.warning("the store does not answer", error=str(error).splitlines()[0])
+        except Exception:  # this thread must outlive whatever happens to it
+            log.exception("a look at the queue failed")
 
 
 @worker_process_shutdown.connect

@@ -20,12 +20,8 @@ class Bench:
         self._networks: OrderedDict[tuple[str, str | None], Model] = OrderedDict()
         self._subjects: dict[str, tuple[tuple[str, str | None], Subject]] = {}
 
-    def subject(self, spec: CollisionSpec) -> Subject:
-        """The network of `spec`, opened at its layer.
-
-        Raises:
-            UnknownName, ModelUnavailable, UntappableLayer: as `Subject.open` does.
-        """
+    def load(self, spec: CollisionSpec) -> None:
+        """Loads the network of `spec` unless it is here. Raises as `models.load` does."""
         name = (spec.model, spec.weights)
         if name not in self._networks:
             loaded = models.load(spec.model, weights=spec.weights, device=self._device)
@@ -34,6 +30,15 @@ class Bench:
                 gone, _ = self._networks.popitem(last=False)
                 self._subjects = {k: s for k, s in self._subjects.items() if s[0] != gone}
         self._networks.move_to_end(name)
+
+    def subject(self, spec: CollisionSpec) -> Subject:
+        """The network of `spec`, opened at its layer.
+
+        Raises:
+            UnknownName, ModelUnavailable, UntappableLayer: as `Subject.open` does.
+        """
+        self.load(spec)
+        name = (spec.model, spec.weights)
         if spec.batch_key not in self._subjects:
             opened = Subject.of(self._networks[name], spec)
             self._subjects[spec.batch_key] = (name, opened)

@@ -29,7 +29,7 @@ def main(slots: list[str]) -> None:
     known = models.listed()
     with database.begin() as connection:
         for slot in slots:
-            workers.report_models(connection, slot, [_report(listed) for listed in known])
+            workers.report_models(connection, slot, [report(listed) for listed in known])
     for listed in known:
         if not listed.ready:
             continue
@@ -45,7 +45,7 @@ def main(slots: list[str]) -> None:
     database.dispose()
 
 
-def _report(listed: models.Listed) -> dict[str, Any]:
+def report(listed: models.Listed) -> dict[str, Any]:
     """What is known before it is loaded, but not where an operator keeps a models.toml."""
     return {
         "name": listed.name,

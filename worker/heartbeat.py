@@ -30,7 +30,8 @@ class Heartbeat(threading.Thread):
     """Shared with the worker's loop: what it holds and reports, and what it is to hear.
 
     The loop calls `alive` after every step; `hold` and `drop` as jobs come and go. It reads
-    `canceled` and `lost` (tokens of leases: a job may come twice), and `draining`.
+    `canceled`, `kept` (to end with what they have) and `lost` (tokens of leases: a job may come
+    twice), and `draining`.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Heartbeat(threading.Thread):
         self._parent = os.getppid()
         self.steps_per_second = 0.0
         self.canceled: set[UUID] = set()
+        self.kept: set[UUID] = set()
         self.lost: set[UUID] = set()
         self.draining = False
         self.opening = False  # a network or an index: for once, nothing has to follow upon anything
@@ -67,14 +69,19 @@ class Heartbeat(threading.Thread):
         """A job is ours no more."""
         with self._lock:
             self._held.pop(lease.token, None)
-            self.canceled.discard(lease.token)
-            self.lost.discard(lease.token)
+            for known in (self.canceled, self.kept, self.lost):
+                known.discard(lease.token)
 
     def drop_all(self) -> None:
         """Nothing is ours any more."""
         with self._lock:
-            for known in (self._held, self.canceled, self.lost):
+            for known in (self._held, self.canceled, self.kept, self.lost):
                 known.clear()
+
+    def holds(self) -> list[Lease]:
+        """What is ours now."""
+        with self._lock:
+            return list(self._held.values())
 
     def tell(self, lease: Lease, progress: Mapping[str, Any]) -> None:
         """How far a job is, for the next beat."""
@@ -115,11 +122,12 @@ class Heartbeat(threading.Thread):
             queue.count(connection, "claims", claims)
             if not held:
                 return
-            status = queue.extend(connection, held.values(), self._settings.lease)
+            known = queue.extend(connection, held.values(), self._settings.lease)
         with self._lock:
             ours = self._held.keys() & held.keys()
-            self.lost |= ours - status.keys()
-            self.canceled |= {token for token in ours if status.get(token) == Status.CANCELING}
+            self.lost |= ours - known.keys()
+            self.canceled |= {t for t in ours & known.keys() if known[t][0] == Status.CANCELING}
+            self.kept |= {t for t in ours & known.keys() if known[t][1]}
         if news:  # apart, since leases matter more
             with self._database.begin() as connection:
                 queue.report_progress(connection, news)

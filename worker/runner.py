@@ -8,6 +8,8 @@ only get in each other's way.
 """
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -20,13 +22,14 @@ import numpy as np
 import structlog
 import tenacity
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load
 from sqlalchemy.exc import SQLAlchemyError
 
 from core import artifacts, images, models
 from core.engine import Group
-from core.errors import CoreError, UnknownName
-from core.job import Job, is_out_of_memory, prepare
+from core.errors import CoreError, ModelUnavailable, UnknownName
+from core.job import Job, is_accelerator_lost, is_out_of_memory, prepare
 from core.memory import MemoryBusy
 from core.outcome import PICTURES, Outcome, measure
 from core.patches.library import Library
@@ -35,13 +38,14 @@ from core.patches.sets import PatchSetBusy
 from core.spec import CollisionSpec
 from store import queue, workers
 from store.database import connect
-from store.queue import Claimed
+from store.queue import ALONE, Claimed, Kind, Lease
 from store.settings import Settings
 from worker.artist import Artist, Pictures
 from worker.bench import Bench
+from worker.describe import report
 from worker.heartbeat import Heartbeat
 from worker.patches import PatchSets
-from worker.plan import Running, choose
+from worker.plan import Holding, Running, able, choose, give_way
 from worker.station import Interrupted, State, Station
 from worker.timing import Stages
 from worker.writer import Writer, checkpoint_path
@@ -54,7 +58,11 @@ PATIENCE = 0.1  # seconds until an empty queue is looked at again, while other j
 TRIES = 5
 UNNAMED = 3600.0  # seconds that a checkpoint's file may lie about without a job
 ROUND = 0.5  # seconds between two looks at deadlines, checkpoints and snapshots
+FULL_PATIENCE = 1.0  # seconds until the queue is looked at again where there are no places
+AGAIN = 60.0  # seconds until a network is tried again that could not be loaded
+LAST_WRITES = 30.0  # seconds that the writer gets where the accelerator is lost
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+ENDED = "Handed back by a worker that ended; it goes on where it stood."
 OUT_OF_MEMORY = "The device's memory does not hold this job; ask for fewer corners."
 
 
@@ -79,7 +87,8 @@ class Held:
     claimed: Claimed
     job: Job
     station: Station
-    began: float = field(default_factory=time.monotonic)
+    began: float  # earlier attempts included
+    came: float = field(default_factory=time.monotonic)
     kept: float = field(default_factory=time.monotonic)  # when its last checkpoint was
     shown: int = 0  # steps of its last snapshot
     tries: int = 0  # to measure it, with ever more memory freed
@@ -101,7 +110,14 @@ class Runner:
         self._stations: dict[str, Station] = {}
         self._opened: dict[str, float] = {}  # since when a kind has had jobs here
         self._held: dict[UUID, Held] = {}
-        self._servable = {model.name for model in models.listed()}
+        self._listed = models.listed()
+        self._servable = {model.name for model in self._listed}
+        self._refused: dict[str, float] = {}  # kinds whose network could not be loaded, and when
+        self._unread: set[UUID] = set()  # jobs whose settings could not be read
+        self._alone_since: float | None = None  # since when a job waits that is to run alone
+        self._giving_way: list[UUID] = []  # what the claimer has found to go back
+        self._taking: Lease | None = None
+        self._at_it = threading.Lock()
         self._patch_sets = PatchSets(self._database, slot)
         self._library = Library()  # the loop's own, with indices
         name = torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
@@ -126,6 +142,7 @@ class Runner:
             workers.register(connection, self._id, self._slot, self._beat.device)
             # Together: who is there has then told of its sets, and others are refused.
             workers.report_patch_sets(connection, self._slot, patch_sets)
+            workers.report_models(connection, self._slot, [report(each) for each in self._listed])
             queue.expire(connection, self._settings.max_crashes, self._settings.lease)
             wanted = queue.checkpoints(connection)
         kept = {checkpoint_path(self._settings.checkpoint_dir, sha256) for sha256 in wanted}
@@ -143,14 +160,30 @@ class Runner:
         log.info("worker ready", slot=self._slot, device=self._beat.device)
 
     def close(self) -> None:
-        """Ends the processes that search for patches."""
-        self._library.close()
+        """Waits until what is here has been handed back; ends the processes that search patches."""
+        with self._at_it:
+            self._library.close()
+
+    def look(self) -> None:
+        """Drains the queue if anything waits there that this worker can run, bell or no bell."""
+        if self._beat.draining or self._at_it.locked():
+            return
+        with self._database.begin() as connection:
+            waits = self._able(queue.kinds(connection, self._unread))
+        if waits:
+            self.drain()
 
     def drain(self) -> None:
-        """Runs jobs until none is left, or until this worker is to end."""
+        """Runs jobs until none is left, or until this worker is to end; one drains at a time."""
+        with self._at_it:
+            self._drain_or_break()
+
+    def _drain_or_break(self) -> None:
         try:
             self._drain()
-        except Exception:
+        except Exception as error:
+            if is_accelerator_lost(error):
+                self._abandon(error)
             log.exception("the loop broke")
             # Leases that nobody vouches for run out; whose fault it was, their count will tell.
             wait(self._measuring)
@@ -176,10 +209,11 @@ class Runner:
                         self._take(fresh.pop(0))
             here = len(self._held) + len(self._measuring) + len(self._drawing)
             places, idle_now = self._settings.jobs_at_once - here, not here
-            due = more or idle_now or time.monotonic() - looked > PATIENCE
-            if not claim and places > 0 and due and not (idle_now and exhausted):
+            patience = PATIENCE if places > 0 else FULL_PATIENCE
+            due = (more and places > 0) or idle_now or time.monotonic() - looked > patience
+            if not claim and due and not (idle_now and exhausted):
                 looked, idle = time.monotonic(), idle_now
-                claim = self._claimer.submit(self._claim, self._view(), places)
+                claim = self._claimer.submit(self._claim, self._view(), self._holding(), places)
             self._collect()
             self._obey()
             station = min(
@@ -208,21 +242,60 @@ class Runner:
         now = time.monotonic()
         jobs = [held.claimed.batch_key for held in self._held.values()]
         return {
-            key: Running(jobs.count(key), station.room, now - self._opened.get(key, now))
+            key: Running(
+                jobs.count(key), station.room, now - self._opened.get(key, now), station.limit
+            )
             for key, station in self._stations.items()
         }
 
-    def _claim(self, running: dict[str, Running], places: int) -> list[Fresh]:
+    def _holding(self) -> list[Holding]:
+        """What optimises here, for the claimer."""
+        now = time.monotonic()
+        return [
+            Holding(
+                held.token,
+                held.claimed.batch_key,
+                held.claimed.key_id,
+                held.job.spec.corners,
+                now - held.came,
+            )
+            for held in self._held.values()
+        ]
+
+    def _able(self, waiting: list[Kind]) -> list[Kind]:
+        now = time.monotonic()
+        refused = [key for key, at in self._refused.copy().items() if now - at < AGAIN]
+        return able(waiting, self._servable, self._patch_sets.names, refused)
+
+    def _claim(
+        self, running: dict[str, Running], holding: list[Holding], places: int
+    ) -> list[Fresh]:
         """In the claimer's thread: jobs for the room there is."""
         with self._stages("claim"):
-            return self._claim_now(running, places)
+            return self._claim_now(running, holding, places)
 
-    def _claim_now(self, running: dict[str, Running], places: int) -> list[Fresh]:
+    def _alone_waits(self, kinds: list[Kind], running: dict[str, Running]) -> float:
+        """Seconds since a job began to wait that is to run alone; others had their turn then."""
+        waits = any(kind.batch_key.startswith(ALONE) for kind in kinds)
+        runs = any(key.startswith(ALONE) and now.jobs for key, now in running.items())
+        if not waits or runs:
+            self._alone_since = None
+            return 0.0
+        self._alone_since = self._alone_since or time.monotonic()
+        return time.monotonic() - self._alone_since
+
+    def _claim_now(
+        self, running: dict[str, Running], holding: list[Holding], places: int
+    ) -> list[Fresh]:
         taken: list[Claimed] = []
         try:
             with self._database.begin() as connection:
-                kinds = queue.kinds(connection)
-                for key in choose(kinds, running, self._servable, self._patch_sets.names):
+                kinds = self._able(queue.kinds(connection, self._unread))
+                alone_waits = self._alone_waits(kinds, running)
+                self._giving_way += give_way(
+                    kinds, running, holding, places=places, alone_waits=alone_waits
+                )
+                for key in choose(kinds, running, alone_waits=alone_waits):
                     now = running.get(key)
                     if len(taken) >= places:
                         break
@@ -234,6 +307,7 @@ class Runner:
                         at_least_one=now is None or not now.jobs,
                         worker_id=self._id,
                         lease=self._settings.lease,
+                        unread=self._unread,
                     )
             for claimed in taken:
                 self._beat.hold(claimed.lease)
@@ -264,6 +338,7 @@ class Runner:
     def _take(self, fresh: Fresh) -> None:
         """Opens a job's network, prepares the job and admits it."""
         claimed = fresh.claimed
+        self._taking = claimed.lease
         if claimed.batch_key.startswith(queue.ALONE):
             while self._measuring or self._drawing:
                 awaited: list[Future[Any]] = [*self._measuring, *self._drawing]
@@ -272,6 +347,25 @@ class Runner:
             self._writer.join_all()
         try:
             spec = CollisionSpec.stored(claimed.spec)
+        except ValidationError as error:  # its form is newer than its number says
+            self._unread.add(claimed.lease.job_id)
+            log.warning("settings cannot be read", job=str(claimed.lease.job_id), error=str(error))
+            reason = "A worker could not read its settings; it waits for one of a newer version."
+            self._writer.release(claimed.lease, reason)
+            return
+        try:
+            with self._opening():
+                self._bench.load(spec)
+        except (ModelUnavailable, UnknownName) as error:
+            self._refused[claimed.batch_key] = time.monotonic()
+            self._writer.refuse(claimed.lease, self._slot, claimed.batch_key, str(error))
+            return
+        except Exception as error:
+            self._fail(claimed, error)
+            return
+        if self._refused.pop(claimed.batch_key, None):
+            self._writer.accept(self._slot, claimed.batch_key)
+        try:
             station = self._station(claimed.batch_key, spec)
             shape = station.subject.model.preprocessing
             if spec.patch_set is not None and not self._has(spec.patch_set, claimed):
@@ -302,7 +396,10 @@ class Runner:
         except Exception as error:
             self._fail(claimed, error)
             return
-        self._held[claimed.lease.token] = Held(claimed, job, station)
+        spent = float(fresh.state["clock"][1]) if fresh.state and "clock" in fresh.state else 0.0
+        began = time.monotonic() - spent
+        self._held[claimed.lease.token] = Held(claimed, job, station, began)
+        self._taking = None
         log.info("began", job=str(claimed.lease.job_id), attempt=claimed.attempt)
 
     def _has(self, patch_set: str, claimed: Claimed) -> bool:
@@ -420,10 +517,19 @@ class Runner:
             raise TimeoutError
 
     def _obey(self) -> None:
-        """Lets go of what was canceled or lost; now and then looks after each job."""
+        """Lets go of what was canceled or lost, or gives way; now and then looks after each job."""
         for token in self._beat.canceled | self._beat.lost:
             if held := self._held.pop(token, None):
                 self._let_go(held)
+        while self._giving_way:
+            if held := self._held.pop(self._giving_way.pop(), None):
+                self._let_go(held, "Gave way to others that waited; it goes on where it stood.")
+        for token in self._beat.kept & self._held.keys():
+            held = self._held[token]
+            # Corners that nobody has looked at yet are none.
+            if held.station.runs(held.job.group) and np.isfinite(held.job.group.score).any():
+                held.station.stop(held.job.group)
+                self._finish(held)
         self._drop_undrawn(self._beat.canceled | self._beat.lost)
         now = time.monotonic()
         if now - self._round_began < ROUND:
@@ -456,9 +562,9 @@ class Runner:
         due = now - held.kept > self._settings.checkpoint_every.total_seconds()
         if due and not self._writer.keeps(lease):
             held.kept = now
-            self._writer.checkpoint(lease, held.station.state_of(group))
+            self._writer.checkpoint(lease, held.station.state_of(group), group.age)
 
-    def _let_go(self, held: Held) -> None:
+    def _let_go(self, held: Held, reason: str = ENDED) -> None:
         """Gives a job back, with its state; one that was to be canceled then is, one lost is not
         ours to write to.
         """
@@ -467,8 +573,7 @@ class Runner:
             self._beat.drop(held.claimed.lease)
             return
         if state is not None and held.token not in self._beat.canceled:
-            self._writer.checkpoint(held.claimed.lease, state)
-        reason = "Handed back by a worker that ended; it goes on where it stood."
+            self._writer.checkpoint(held.claimed.lease, state, held.job.group.age)
         self._writer.release(held.claimed.lease, reason)
 
     def _hand_back(self, claim: Future[list[Fresh]] | None) -> None:
@@ -500,7 +605,37 @@ class Runner:
             held.station.subject.footprint.measuring(held.job.spec) for held in measured
         )
 
+    def _abandon(self, error: Exception) -> None:
+        """Hands everything back and ends this process, whose pool starts one with an accelerator
+        that works. What was on it may be at fault; what was not is not.
+        """
+        said = str(error).splitlines()[0][:200]
+        log.error("the accelerator is lost: this worker ends", exc_info=error)
+        self._claimer.shutdown()
+        writes = threading.Thread(target=self._writer.join_all, daemon=True)
+        writes.start()
+        writes.join(LAST_WRITES)
+        there = [*self._held.values(), *self._measuring.values()]
+        there += [held for held, _ in self._drawing.values()]
+        suspects = {held.token for held in there} | (
+            {self._taking.token} if self._taking else set()
+        )
+        leases = self._beat.holds()
+        try:
+            with self._database.begin() as connection:
+                blamed = [lease for lease in leases if lease.token in suspects]
+                queue.crash(connection, blamed, self._settings.max_crashes, said)
+                others = [lease for lease in leases if lease.token not in suspects]
+                queue.release(connection, others, ENDED)
+        except SQLAlchemyError as away:  # then the leases run out
+            log.warning("the store does not answer", error=str(away).splitlines()[0])
+        self._library.close()
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def _fail(self, claimed: Claimed, error: BaseException) -> None:
+        if is_accelerator_lost(error):
+            self._taking = claimed.lease  # which may stand nowhere else any more
+            raise error
         busy = isinstance(error, MemoryBusy) or (is_out_of_memory(error) and self._company)
         if busy:  # it may fit when nobody else is here
             self._writer.release(claimed.lease, str(MemoryBusy()), alone=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.capacity import rows_worth
 from core.engine import SMALL_IMAGE, Group, UnfitState
-from core.job import Job, Subject
+from core.job import Job, Subject, is_accelerator_lost
 from core.memory import free
 from core.spec import CollisionSpec
 
@@ -108,7 +108,10 @@ class Station:
         self._waiting.append((group, state))
 
     def advance(self) -> tuple[list[Group], list[Broken]]:
-        """Takes all rows a stride further; who is finished, and who cannot go on."""
+        """Takes all rows a stride further; who is finished, and who cannot go on.
+
+        Raises what `is_accelerator_lost` tells: then nobody can.
+        """
         refused = self._fill()
         failed: Exception | None = None
         try:
@@ -117,6 +120,8 @@ class Station:
             return [], refused
         except Exception as error:
             failed = error
+        if failed and is_accelerator_lost(failed):
+            raise failed
         if failed:  # outside of the except, whose traceback holds what memory is to be freed
             return [], [*refused, *self._halve(failed)]
         self._quiet += 1
@@ -133,6 +138,10 @@ class Station:
         if not self.runs(group):
             self._engine.admit(group)  # only to be asked for its state
         return self._engine.withdraw(group.key)
+
+    def stop(self, group: Group) -> None:
+        """Ends a job in the engine with what it has found."""
+        self._engine.stop(group.key)
 
     def state_of(self, group: Group) -> State:
         """Where a job in the engine stands."""
@@ -154,6 +163,8 @@ class Station:
             try:
                 self._admit(group, state)
             except Exception as error:
+                if is_accelerator_lost(error):
+                    raise
                 return [Broken(group.key, error)]
         return []
 

@@ -105,17 +105,29 @@ class Writer(threading.Thread):
 
         self._todo.put(lambda: self._end(lease, hand_back))
 
+    def refuse(self, lease: Lease, slot: str, batch_key: str, reason: str) -> None:
+        """A job to be handed back whose network the worker of a slot cannot load."""
+
+        def hand_back() -> None:
+            self._ask([lease], lambda each: queue.refuse(each, lease, slot, batch_key, reason))
+
+        self._todo.put(lambda: self._end(lease, hand_back))
+
+    def accept(self, slot: str, batch_key: str) -> None:
+        """The network of what was refused can be loaded after all."""
+        self._todo.put(lambda: self._ask([], lambda each: queue.accept(each, slot, batch_key)))
+
     def keeps(self, lease: Lease) -> bool:
         """Whether a checkpoint of the job still waits to be written."""
         return lease.token in self._keeping
 
-    def checkpoint(self, lease: Lease, state: Mapping[str, Tensor]) -> None:
-        """Where a job stands; `state` is on the CPU and nobody else's."""
+    def checkpoint(self, lease: Lease, state: Mapping[str, Tensor], steps: int) -> None:
+        """Where a job stands after `steps`; `state` is on the CPU and nobody else's."""
         self._keeping.add(lease.token)
 
         def keep() -> None:
             try:
-                self._checkpoint(lease, state)
+                self._checkpoint(lease, state, steps)
             finally:
                 self._keeping.discard(lease.token)
 
@@ -219,7 +231,7 @@ class Writer(threading.Thread):
 
         self._end(lease, fail)
 
-    def _checkpoint(self, lease: Lease, state: Mapping[str, Tensor]) -> None:
+    def _checkpoint(self, lease: Lease, state: Mapping[str, Tensor], steps: int) -> None:
         folder = self._settings.checkpoint_dir
         inline = sum(value.nbytes for value in state.values()) <= INLINE
         if inline:
@@ -232,7 +244,7 @@ class Writer(threading.Thread):
             part.replace(checkpoint_path(folder, blobs.digest(content)))
         self._ask(
             [lease],
-            lambda connection: queue.keep_checkpoint(connection, lease, content, inline=inline),
+            lambda each: queue.keep_checkpoint(each, lease, content, steps, inline=inline),
         )
         before = self._checkpoints.get(lease.token)
         self._checkpoints[lease.token] = blobs.digest(content)

@@ -162,7 +162,8 @@ class Life(RuleBasedStateMachine):
                 status = queue.extend(connection, [lease], LEASE)
                 queue.report_progress(connection, {lease: {"steps": 1}})
             live = self.is_live(lease)
-            assert status == ({lease.token: self.expected[lease.job_id].status} if live else {})
+            now = (self.expected[lease.job_id].status, False)
+            assert status == ({lease.token: now} if live else {})
 
     @rule(lease=leases)
     def succeed(self, lease: Lease | None) -> None:
@@ -194,7 +195,7 @@ class Life(RuleBasedStateMachine):
                 if alone and job.status == Status.QUEUED:
                     job.kind = f"{ALONE}{lease.job_id}"
             with self.engine.begin() as connection:
-                queue.keep_checkpoint(connection, lease, b"state", inline=True)
+                queue.keep_checkpoint(connection, lease, b"state", 0, inline=True)
                 queue.release(connection, [lease], "Handed back.", alone=alone)
 
     @rule(lease=consumes(leases))
@@ -221,7 +222,7 @@ class Life(RuleBasedStateMachine):
         """The reconciler turns twice, without a wait between or after the grace."""
         grace = timedelta(hours=1) if patient else timedelta()
         with self.engine.begin() as connection:
-            connection.execute(text("TRUNCATE workers, patch_sets, missing_patch_sets"))
+            connection.execute(text("TRUNCATE workers, patch_sets, unserved_kinds"))
             if alive:
                 workers.register(connection, uuid4(), "slot", "cpu")
                 workers.report_patch_sets(connection, "slot", [PHOTOS] if has_it else [])

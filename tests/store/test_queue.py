@@ -9,6 +9,7 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import Connection, Engine, Row, insert, text
 
+from core.spec import SCHEMA_VERSION
 from store import blobs, queue, retention, workers
 from store.lifecycle import Status
 from store.queue import Claimed, Finished
@@ -80,6 +81,138 @@ def test_keys_take_turns_however_long_the_queue_of_one(connection: Connection) -
     assert set(ids(claim(connection, 2))) == set(latest)
 
 
+def test_priority_orders_a_keys_own_jobs_and_goes_before_nobody_elses(
+    connection: Connection,
+) -> None:
+    mine, yours = key(connection), key(connection)
+    old = queued(connection, mine, 2)
+    low, high = (queued(connection, yours, 1, priority=p) for p in (0, 100))
+    assert ids(claim(connection, 1)) == old[:1]
+    assert ids(claim(connection, 1)) == high  # who has none in flight
+    assert set(ids(claim(connection, 2))) == {old[1], *low}
+
+
+def test_kinds_go_by_the_turns_of_their_keys_and_a_keys_own_by_priority(
+    connection: Connection,
+) -> None:
+    mine, yours = key(connection), key(connection)
+    queued(connection, mine, 1, batch_key="kind")
+    queued(connection, mine, 1, batch_key="second", priority=1)
+    queued(connection, yours, 1, batch_key="third", priority=100)
+    order = [kind.batch_key for kind in queue.kinds(connection)]
+    assert order == ["second", "third", "kind"]
+    queued(connection, yours, 1, batch_key="second", priority=-7)
+    assert queue.kinds(connection)[0].first == {mine: 1, yours: -7}
+    # Who has rows in flight waits for those who have none.
+    assert claim(connection, 1)
+    latest = key(connection)
+    queued(connection, mine, 1, batch_key="own", priority=100)
+    queued(connection, latest, 1, batch_key="fourth", priority=-100)
+    order = [kind.batch_key for kind in queue.kinds(connection)]
+    assert order.index("fourth") < order.index("own")
+
+
+def test_keys_share_rows_whatever_the_size_of_their_jobs(connection: Connection) -> None:
+    large, small = key(connection), key(connection)
+    queued(connection, large, 50, corners=40)
+    queued(connection, small, 100, corners=5)
+    rows = {large: 0, small: 0}
+    for each in claim(connection, 100, rows=160):
+        rows[each.key_id] += 40 if each.key_id == large else 5
+    assert rows == {large: 80, small: 80}
+
+
+def test_a_job_that_gave_way_comes_after_equals_that_have_waited_for_it(
+    connection: Connection,
+) -> None:
+    mine, yours = key(connection), key(connection)
+    queued(connection, mine, 1)
+    connection.commit()
+    (job,) = claim(connection, 1)
+    theirs = queued(connection, yours, 1)
+    connection.commit()
+    queue.release(connection, [job.lease], "Gave way.")
+    assert ids(claim(connection, 1)) == theirs
+
+
+def test_a_job_of_a_newer_form_or_that_could_not_be_read_is_left_alone(
+    connection: Connection,
+) -> None:
+    mine = key(connection)
+    newer = queued(connection, mine, 1, schema_version=SCHEMA_VERSION + 1, priority=9)
+    unread = queued(connection, mine, 1, priority=5)
+    assert [kind.batch_key for kind in queue.kinds(connection)] == ["kind"]
+    assert queue.kinds(connection, unread) == []
+    ours = queued(connection, mine, 1)
+    assert queue.kinds(connection, unread)[0].first == {mine: 0}
+    (taken,) = queue.claim(
+        connection,
+        batch_key="kind",
+        rows=99,
+        jobs=9,
+        at_least_one=True,
+        worker_id=uuid4(),
+        lease=LEASE,
+        unread=unread,
+    )
+    assert taken.lease.job_id == ours[0]
+    left = connection.scalars(text("SELECT id FROM jobs WHERE status = 'queued'")).all()
+    assert set(left) == {*newer, *unread}
+
+
+def vanish(connection: Connection, job: Claimed) -> int:
+    """Its worker vanishes; the job's crashes."""
+    gone = "UPDATE jobs SET lease_expires_at = '-infinity' WHERE id = :id"
+    connection.execute(text(gone), {"id": job.lease.job_id})
+    assert queue.expire(connection, 3, LEASE) == 1
+    crashes = "SELECT crashes FROM jobs WHERE id = :id"
+    return int(connection.scalar(text(crashes), {"id": job.lease.job_id}) or 0)
+
+
+def test_crashes_are_forgotten_once_a_checkpoint_gets_further_than_ever(
+    connection: Connection,
+) -> None:
+    queued(connection, key(connection), 1)
+    connection.execute(text("UPDATE jobs SET batch_key = 'kind'"))
+
+    def again() -> Claimed:
+        connection.execute(text("UPDATE jobs SET batch_key = 'kind'"))  # it may be alone by now
+        (job,) = claim(connection, 1)
+        return job
+
+    assert vanish(connection, again()) == 1
+    job = again()
+    assert queue.keep_checkpoint(connection, job.lease, b"100", 100, inline=True)
+    assert vanish(connection, job) == 1
+    # Back to where it was is no progress, nor is a job that had to begin anew.
+    job = again()
+    assert queue.keep_checkpoint(connection, job.lease, b"100", 100, inline=True)
+    assert queue.keep_checkpoint(connection, job.lease, b"50", 50, inline=True)
+    assert vanish(connection, job) == 2
+    job = again()
+    assert queue.keep_checkpoint(connection, job.lease, b"101", 101, inline=True)
+    assert vanish(connection, job) == 1
+
+
+def test_jobs_on_an_accelerator_that_failed_go_back_and_fail_after_the_last_attempt(
+    connection: Connection,
+) -> None:
+    (job_id,) = queued(connection, key(connection), 1)
+    row = text("SELECT status, status_reason, batch_key, error FROM jobs")
+    for attempt in (1, 2, 3):
+        connection.execute(text("UPDATE jobs SET batch_key = 'kind'"))
+        (job,) = claim(connection, 1)
+        queue.crash(connection, [job.lease], 3, "CUDA error: illegal")
+        found = connection.execute(row).one()
+        if attempt < 3:
+            assert found.status == "queued"
+            told = f"accelerator failed (CUDA error: illegal), for the {attempt}. time of 3"
+            assert told in found.status_reason
+            assert (found.batch_key == f"{queue.ALONE}{job_id}") == (attempt == 2)
+    assert (found.status, found.error["code"]) == ("failed", "worker_lost")
+    assert "CUDA error: illegal" in found.error["message"]
+
+
 def test_a_job_without_room_is_not_overtaken(connection: Connection) -> None:
     mine = key(connection)
     large = queued(connection, mine, 1, corners=50)
@@ -126,7 +259,9 @@ def test_results_that_fail_to_be_written_leave_nothing_behind(connection: Connec
     twice = result(CORNER, CORNER)  # two corners with one number
     with pytest.raises(Exception, match="pk_corners"), connection.begin_nested():
         queue.succeed(connection, [Finished(job.lease, twice, [b"0", b"1"])])
-    assert queue.extend(connection, [job.lease], LEASE) == {job.lease.token: Status.RUNNING}
+    assert queue.extend(connection, [job.lease], LEASE) == {
+        job.lease.token: (Status.RUNNING, False)
+    }
     assert connection.scalar(text("SELECT count(*) FROM corners")) == 0
 
 
@@ -143,8 +278,8 @@ def stranded(connection: Connection) -> int:
 
 
 def pass_minutes(connection: Connection, minutes: int) -> None:
-    """Time passes for whoever waits for a patch set."""
-    later = "UPDATE missing_patch_sets SET since = since - make_interval(mins => :minutes)"
+    """Time passes for whoever waits for what no worker has."""
+    later = "UPDATE unserved_kinds SET since = since - make_interval(mins => :minutes)"
     connection.execute(text(later), {"minutes": minutes})
 
 
@@ -214,6 +349,82 @@ def test_a_job_fails_when_no_worker_has_had_its_patch_set_for_the_grace(
     assert stranded(connection) == 0
 
 
+MODEL = {
+    **{"name": "m", "weights": [], "input_shape": [1, 2, 3], "classes": None},
+    **{"origin": "own", "ready": True},
+}
+
+
+def test_a_job_fails_when_no_worker_has_had_its_model_for_the_grace(
+    connection: Connection,
+) -> None:
+    (lost,) = queued(connection, key(connection), 1)
+    workers.register(connection, uuid4(), "one", "cpu")
+    assert stranded(connection) == 0
+    pass_minutes(connection, 11)
+    assert stranded(connection) == 0  # who has not told yet may have it
+    workers.report_models(connection, "one", [MODEL | {"name": "m2"}])
+    assert stranded(connection) == 0
+    pass_minutes(connection, 9)
+    assert stranded(connection) == 0
+    pass_minutes(connection, 2)
+    assert stranded(connection) == 1
+    error = connection.scalar(text("SELECT error FROM jobs WHERE id = :id"), {"id": lost})
+    assert error["code"] == "model_missing"
+    assert "There is no model 'm'; did you mean 'm2'" in error["message"]
+
+
+def test_a_job_fails_when_no_worker_has_its_model_and_its_patch_set_together(
+    connection: Connection,
+) -> None:
+    queued(connection, key(connection), 1, patch_set="photos")
+    for slot, models, sets in (("model", [MODEL], []), ("set", [MODEL | {"name": "o"}], [PHOTOS])):
+        workers.register(connection, uuid4(), slot, "cpu")
+        workers.report_models(connection, slot, models)
+        workers.report_patch_sets(connection, slot, sets)
+    assert stranded(connection) == 0
+    pass_minutes(connection, 11)
+    assert stranded(connection) == 1
+    error = connection.scalar(text("SELECT error FROM jobs"))
+    assert error["code"] == "patch_set_missing"
+    assert "No running worker that has patch set 'photos' has model 'm' as well" in error["message"]
+
+
+def test_a_job_whose_network_no_worker_can_load_fails_after_the_grace_and_not_before(
+    connection: Connection,
+) -> None:
+    queued(connection, key(connection), 1)
+    for slot in ("one", "two"):
+        workers.register(connection, uuid4(), slot, "cpu")
+        workers.report_models(connection, slot, [MODEL])
+
+    def refuse(slot: str) -> None:
+        (job,) = claim(connection, 1)
+        queue.refuse(connection, job.lease, slot, "kind", f"{slot}: put m.pth there.")
+
+    refuse("one")
+    assert stranded(connection) == 0
+    pass_minutes(connection, 11)
+    assert stranded(connection) == 0  # the other may
+    refuse("two")
+    assert stranded(connection) == 0
+    pass_minutes(connection, 9)
+    # Whoever tries again does not set the clock back.
+    (job,) = claim(connection, 1)
+    assert stranded(connection) == 0
+    queue.refuse(connection, job.lease, "two", "kind", "two: put m.pth there.")
+    assert connection.scalar(text("SELECT status_reason FROM jobs")) == "two: put m.pth there."
+    pass_minutes(connection, 2)
+    queue.accept(connection, "one", "kind")
+    assert stranded(connection) == 0  # it can after all
+    refuse("one")
+    assert stranded(connection) == 0
+    pass_minutes(connection, 11)
+    assert stranded(connection) == 1
+    error = connection.scalar(text("SELECT error FROM jobs"))
+    assert error["code"] == "model_unavailable" and "put m.pth there" in error["message"]
+
+
 def test_workers_that_start_again_lose_no_job(connection: Connection) -> None:
     queued(connection, key(connection), 1, patch_set="photos")
     workers.register(connection, uuid4(), "without", "cpu")
@@ -253,7 +464,7 @@ def test_retention_deletes_what_is_past_its_time_and_nothing_else(connection: Co
     mine = key(connection)
     done, waiting = *queued(connection, mine, 1), *queued(connection, mine, 1)
     (job,) = claim(connection, 1)
-    assert queue.keep_checkpoint(connection, job.lease, b"state", inline=True)
+    assert queue.keep_checkpoint(connection, job.lease, b"state", 10, inline=True)
     queue.keep_snapshot(connection, job.lease, 10, b"snapshot")
     queue.succeed(
         connection, [Finished(job.lease, result(CORNER), [b"corner"], {"samples.npz": b"npz"})]

@@ -137,10 +137,13 @@ def test_kill_9_of_the_api_between_commit_and_doorbell(whole: Service, redis: st
         whole.api.kill()
     finally:
         broker.resume()
-    time.sleep(1)
-    with whole.database.begin() as connection:
-        status = text("SELECT status FROM jobs WHERE id = :id")
-        assert connection.scalar(status, {"id": job}) == "queued"
+
+    def ended() -> bool:
+        with whole.database.begin() as connection:
+            status = text("SELECT status FROM jobs WHERE id = :id")
+            return connection.scalar(status, {"id": job}) == "succeeded"
+
+    whole.until(ended, WITHIN, "the worker looks at the table itself, with nobody to ring")
     whole.start_reconciler()
     whole.start_api()
     whole.all_succeed([job])
@@ -279,6 +282,55 @@ def test_a_job_that_always_hangs_fails_alone(mood: Path, whole: Service) -> None
     whole.check()
 
 
+def test_a_poisoned_accelerator_ends_its_worker_and_fails_no_job(
+    mood: Path, whole: Service
+) -> None:
+    worker = whole.start_worker(**env_of(mood))
+    first = whole.child_of(worker)
+    mood.write_text("poisoned")
+    job = whole.submit(SMALL | {"model": "moody", "max_steps": 50})
+    whole.until(lambda: "the accelerator is lost" in whole.log(), WITHIN, "it notices")
+    mood.unlink()
+    good = whole.submit_many(3)
+    ended = whole.all_succeed([job, *good])
+    assert ended[0]["attempt"] >= 2
+    assert not first.is_running(), "another process took its place"
+    assert worker.alive, "its parent has started it"
+
+
+def test_a_network_that_cannot_be_loaded_is_left_to_a_worker_that_can(
+    mood: Path, whole: Service
+) -> None:
+    weights = mood.parent / "moody.safetensors"
+    whole_file = weights.read_bytes()
+    weights.write_bytes(b"damaged")
+    whole.start_worker(**env_of(mood))
+    job = whole.submit(SMALL | {"model": "moody", "max_steps": 50})
+    whole.until(lambda: (whole.job(job)["status_reason"] or "").find("sha256") > 0, WITHIN, "why")
+    assert whole.job(job)["status"] == "queued"
+    weights.write_bytes(whole_file)
+    whole.start_worker(**env_of(mood))
+    assert whole.all_succeed([job])[0]["attempt"] >= 2
+
+
+def test_settings_that_cannot_be_read_wait_and_keep_no_other_job_waiting(whole: Service) -> None:
+    newer, unread = whole.submit(SMALL, 1, priority=9), whole.submit(SMALL, 2, priority=9)
+    with whole.database.begin() as connection:
+        change = "UPDATE jobs SET {} WHERE id = :id"
+        connection.execute(text(change.format("schema_version = 99")), {"id": newer})
+        field = "spec = spec || '{\"of_tomorrow\": 1}'"
+        connection.execute(text(change.format(field)), {"id": unread})
+    whole.start_worker()
+    others = [whole.ended(job) for job in whole.submit_many(3)]
+    assert {job["status"] for job in others} == {"succeeded"}
+    asked = {job: whole.job(job) for job in (newer, unread)}
+    assert {job["status"] for job in asked.values()} == {"queued"}
+    assert (asked[newer]["attempt"], asked[unread]["attempt"]) == (0, 1)
+    assert "newer" in asked[newer]["status_reason"] and "newer" in asked[unread]["status_reason"]
+    for job in asked:
+        whole.client.post(f"/v1/jobs/{job}/cancel")
+
+
 def test_out_of_memory_halves_the_rows_and_every_job_goes_on(mood: Path, whole: Service) -> None:
     hungry = endless(5) | {"model": "moody", "corners": 4}
     whole.start_worker(**env_of(mood))
@@ -321,6 +373,38 @@ def test_redis_may_stop_restart_and_forget(
         service.all_succeed([long, *waiting])
         own_redis.restart()
         service.all_succeed(service.submit_many(3))
+    finally:
+        service.stop()
+
+
+def test_redis_may_become_read_only(
+    new_database: Callable[[], str], own_redis: stack.Redis, tmp_path: Path
+) -> None:
+    """As a failover leaves it: everything may be read, and nobody can ring or wait for a bell."""
+    service = Service(new_database(), own_redis.url, tmp_path, reconcile_every="PT0.5S")
+    broker = redis_client.Redis.from_url(own_redis.url)
+    try:
+        service.start_api()
+        service.start_reconciler()
+        worker = service.start_worker()
+        child = service.child_of(worker)
+        service.all_succeed(service.submit_many(2))
+        broker.replicaof("127.0.0.1", "1")
+        jobs = service.submit_many(3)  # each is answered 202
+        service.all_succeed(jobs)
+        service.until(
+            lambda: "read only replica" in service.log(), WITHIN, "the worker hears of it"
+        )
+        assert service.client.get("/readyz").json()["status"] == "degraded"
+        service.all_succeed(service.submit_many(3))
+        assert worker.alive and child.is_running(), service.log()[-3000:]
+        broker.replicaof("NO", "ONE")
+        # Bells are heard again: somebody waits for them.
+        service.until(lambda: broker.info("clients")["blocked_clients"] > 0, WITHIN, "it listens")
+        service.all_succeed(service.submit_many(3))
+        assert worker.alive and child.is_running()
+        for line in service.log().splitlines():
+            json.loads(line)
     finally:
         service.stop()
 

@@ -86,7 +86,7 @@ def service(whole: Service) -> Iterator[Service]:
     yield whole
     whole.stop_workers()
     with whole.database.begin() as connection:
-        for table in ("jobs", "workers", "patch_sets", "missing_patch_sets"):
+        for table in ("jobs", "workers", "patch_sets", "unserved_kinds"):
             connection.execute(text(f"TRUNCATE {table} CASCADE"))
 
 
@@ -127,7 +127,7 @@ def steps(service: Service, job: str) -> None:
 def grace_is_over(service: Service) -> bool:
     """Whether a set is missed; it then has been for long enough."""
     with service.database.begin() as connection:
-        missed = connection.execute(text("UPDATE missing_patch_sets SET since = '-infinity'"))
+        missed = connection.execute(text("UPDATE unserved_kinds SET since = '-infinity'"))
         return missed.rowcount > 0
 
 

@@ -96,7 +96,7 @@ def test_a_checkpoint_stays_while_its_job_may_go_on_from_it(
     states = [{"x": torch.full((10,), float(i))} for i in range(2)]
     hashes = [blobs.digest(writer.save(state)) for state in states]
     for state, sha256 in zip(states, hashes, strict=True):
-        own.checkpoint(claimed.lease, state)
+        own.checkpoint(claimed.lease, state, 10)
         own.join_all()
         assert kept() == {sha256}  # a new one replaces the last
     own.release(claimed.lease, "Handed back.")
@@ -104,7 +104,7 @@ def test_a_checkpoint_stays_while_its_job_may_go_on_from_it(
     assert kept() == {hashes[1]}
     again = claim(engine, settings)
     assert again.checkpoint_sha256 == hashes[1]
-    own.checkpoint(again.lease, states[0])
+    own.checkpoint(again.lease, states[0], 20)
     own.fail(again.lease, "timeout", "It took too long.")
     own.join_all()
     with engine.begin() as connection:
