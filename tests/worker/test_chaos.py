@@ -318,7 +318,8 @@ def test_settings_that_cannot_be_read_wait_and_keep_no_other_job_waiting(whole: 
     with whole.database.begin() as connection:
         change = "UPDATE jobs SET {} WHERE id = :id"
         connection.execute(text(change.format("schema_version = 99")), {"id": newer})
-        field = "spec = spec || '{\"of_tomorrow\": 1}'"
+        stored = "(SELECT spec FROM specs WHERE sha256 = spec_sha256)"
+        field = f"spec = {stored} || '{{\"of_tomorrow\": 1}}', spec_sha256 = NULL"
         connection.execute(text(change.format(field)), {"id": unread})
     whole.start_worker()
     others = [whole.ended(job) for job in whole.submit_many(3)]
