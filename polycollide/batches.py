@@ -132,6 +132,10 @@ class BatchesClient(JobsClient):
         response = await self._transport.ask("POST", path("batches", id_of(batch), "cancel"))
         return self._transport.read(Batch, response)
 
+    async def delete_batch(self, batch: BatchLike) -> None:
+        """Deletes a batch that is done: its jobs, what they found, and images that came along."""
+        await self._delete("batches", id_of(batch))
+
     async def iter_results(self, batch: BatchLike) -> AsyncGenerator[ItemResult]:
         """The jobs of a batch that are done, with their results, in order of their index.
 

@@ -131,6 +131,23 @@ def cancel(
 
 
 @service.command()
+def delete(
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ID...]", help="Ids of jobs, and images as sha256:...."),
+    ] = None,
+    batch: Batch = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Delete jobs that are done with all they found, a whole batch, or images that no job uses."""
+    from polycollide import remote
+
+    with remote.connected(url, api_key) as client:
+        remote.delete(client, ids or [], batch=batch)
+
+
+@service.command()
 def fetch(
     id: Annotated[str, typer.Argument(metavar="ID", help="The id of a job, or of a batch.")],
     out: Annotated[

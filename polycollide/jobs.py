@@ -157,9 +157,16 @@ class JobsClient:
         )
 
     async def delete(self, job: JobLike) -> None:
-        """Deletes a job that is done, with everything it found."""
+        """Deletes a job that is done, with everything it found and the images that came with it."""
+        await self._delete("jobs", id_of(job))
+
+    async def delete_image(self, image: str) -> None:
+        """Deletes an image that no job of yours uses: `sha256:...`, as `upload` returns it."""
+        await self._delete("images", image.removeprefix("sha256:"))
+
+    async def _delete(self, *parts: str) -> None:
         try:
-            await self._transport.ask("DELETE", path("jobs", id_of(job)))
+            await self._transport.ask("DELETE", path(*parts))
         except ApiError as error:
             if error.status != 404 or error.attempts == 1:  # else an earlier try of ours did it
                 raise

@@ -4,7 +4,7 @@ import csv
 import io
 import json as jsonlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import islice
@@ -185,18 +185,45 @@ def cancel(client: Client, ids: list[str], *, batch: str | None) -> None:
         canceled = client.cancel_batch(batch)
         console.print(_counts(canceled), highlight=False, soft_wrap=True)
         return
+    _each(client, ids, "cancel --batch {}", lambda id: client.cancel(id).status)
+
+
+def delete(client: Client, ids: list[str], *, batch: str | None) -> None:
+    """Deletes jobs and images, each whether or not another one could be, or a batch."""
+    if bool(ids) == bool(batch):
+        raise InvalidInput("Name either ids, or a batch.")
+    if batch:
+        client.delete_batch(batch)
+        console.print(f"{batch} deleted", highlight=False, soft_wrap=True)
+        return
+
+    def act(id: str) -> str:
+        if id.startswith("sha256:"):
+            client.delete_image(id)
+        else:
+            client.delete(id)
+        return "deleted"
+
+    _each(client, ids, "delete --batch {}", act)
+
+
+def _each(client: Client, ids: list[str], of_batch: str, act: Callable[[str], str]) -> None:
+    """Does so with each id, and prints what it is then; fails at the end if one could not be."""
     failed = False
     for id in ids:
         try:
-            with _ids_of_jobs(client, [id], "cancel --batch {}"):
-                job = client.cancel(id)
+            if id.startswith("sha256:"):
+                state = act(id)
+            else:
+                with _ids_of_jobs(client, [id], of_batch):
+                    state = act(id)
         except PolycollideError as error:
             failed = True
             text = str(error)
             text = text if text.startswith(id) else f"{id}: {text}"
-            aside.print(text, highlight=False, soft_wrap=True)
+            aside.print(Text(text), soft_wrap=True)  # no markup: ":abc:" would be an emoji
         else:
-            console.print(f"{job.id} {job.status}", highlight=False, soft_wrap=True)
+            console.print(Text(f"{id} {state}"), soft_wrap=True)
     _fail_if(failed)
 
 

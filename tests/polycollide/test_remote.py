@@ -228,6 +228,26 @@ def test_cancel_goes_on_after_a_job_that_cannot_be(service, call):
     assert call("cancel", "--batch", "b").stdout == "3 of 3 done: 3 succeeded\n"
 
 
+def test_delete_takes_jobs_images_and_batches_and_goes_on_after_one_that_cannot_be(service, call):
+    hash = "f" * 64
+    service.on(f"DELETE /v1/jobs/{ID}", problem(409, "job_not_final", "Cancel it first."))
+    service.on(f"DELETE /v1/jobs/{OTHER}", reply(b"", 204))
+    service.on(f"DELETE /v1/images/{hash}", reply(b"", 204))
+    result = call("delete", ID, OTHER, f"sha256:{hash}")
+    assert result.exit_code == 1
+    assert result.stdout == f"{OTHER} deleted\nsha256:{hash} deleted\n"
+    assert result.stderr == f"{ID}: Cancel it first.\n"
+    service.on("DELETE /v1/images/abc", problem(422, "invalid_request", "No hash."))
+    assert call("delete", "sha256:abc").stderr == "sha256:abc: No hash.\n"
+    service.on("DELETE /v1/batches/b", reply(b"", 204))
+    assert call("delete", "--batch", "b").stdout == "b deleted\n"
+    assert call("delete").stderr == "Error: Name either ids, or a batch.\n"
+    service.on(f"DELETE /v1/jobs/{ID}", problem(404, "unknown_job", "There is no such job."))
+    service.on(f"GET /v1/batches/{ID}", reply(BATCH | {"id": ID}))
+    said = call("delete", ID).stderr
+    assert said == f"{ID} is a batch; type `polycollide delete --batch {ID}`.\n"
+
+
 def test_fetch_writes_the_files_of_run(service, call, tmp_path):
     urls = {"corners": ["x"], "corners_npz": "x"}
     service.on(f"GET /v1/jobs/{ID}", reply(succeeded() | {"urls": urls}))
