@@ -62,6 +62,8 @@ def _read(wrong: ErrorDetails, model: type[BaseModel]) -> tuple[Location, Compla
     loc: list[str | int] = []
     field: Location | None = None
     message = wrong["msg"].removeprefix("Value error, ")
+    if wrong["type"] == "missing":
+        message = "it is missing; give it"
     unknown = wrong["type"] == "extra_forbidden"
     last = len(wrong["loc"]) - 1
     for place, part in enumerate(wrong["loc"]):

@@ -9,6 +9,7 @@ safetensors, or torchvision's files, checked against their hash and read with `w
 import functools
 import hashlib
 import importlib
+import importlib.util
 import os
 import pickle
 import socket
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -414,7 +416,23 @@ def _factory(entry: _Own, path: Path) -> Callable[[], Any]:
         return functools.partial(builder, weights=None, **entry.arguments)
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # last: a file beside models.toml hides no package
-    return functools.partial(getattr(importlib.import_module(module), attribute), **entry.arguments)
+    loaded = _beside(path.parent / f"{module}.py") or importlib.import_module(module)
+    return functools.partial(getattr(loaded, attribute), **entry.arguments)
+
+
+def _beside(file: Path) -> ModuleType | None:
+    """The module in a file, which goes before a package of that name, as ours are, and hides none.
+
+    None where there is no such file.
+    """
+    name = f"beside_models_toml_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file) if file.is_file() else None
+    if spec is None or spec.loader is None:
+        return None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for their own
+    spec.loader.exec_module(module)
+    return module
 
 
 def _check_logits(model: Model) -> None:

@@ -28,5 +28,5 @@ ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     MPLCONFIGDIR=/tmp/matplotlib
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --retries=3 \
-    CMD ["python", "-m", "worker.health"]
+    CMD ["python", "-P", "-m", "worker.health"]
 CMD ["polycollide", "worker"]

@@ -29,7 +29,7 @@ from store import keys, usage
 from store.database import connect, migrate
 from store.settings import Settings
 
-PYTHON = [sys.executable, "-m"]
+PYTHON = [sys.executable, "-P", "-m"]  # -P: an api.py of the current folder is not run
 API, RECONCILER = [*PYTHON, "api"], [*PYTHON, "worker.reconciler"]
 # A worker hands back what it has: a stride and a write, or a chunk of measurement, away.
 WORKER_GRACE = 60.0

@@ -43,7 +43,7 @@ class Artist:
 
     def _ask(self, task: Task) -> Pictures | Exception:
         if self._process is None:
-            command = [sys.executable, "-m", "worker.artist"]
+            command = [sys.executable, "-P", "-m", "worker.artist"]
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe)  # noqa: S603
         assert self._process.stdin

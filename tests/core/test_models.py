@@ -363,14 +363,17 @@ def test_a_network_from_models_toml_equals_the_one_it_was_saved_from(
     torch.testing.assert_close(model.classifier(pixels), wanted, rtol=1e-4, atol=1e-3)
 
 
-def test_a_factory_beside_models_toml_takes_its_arguments(write_toml: WriteToml) -> None:
+@pytest.mark.parametrize("module", ["polycollide_test_factory", "store"])
+def test_a_factory_beside_models_toml_takes_its_arguments(
+    write_toml: WriteToml, module: str
+) -> None:
     path = write_toml(
-        factory='"polycollide_test_factory:build"',
+        factory=f'"{module}:build"',
         arguments="{ inputs = 12, outputs = 2 }",
         classes='["yes", "no"]',
         preprocessing='[models.preprocessing]\ncrop = [3, 4]\nchannels = "L"\n',
     )
-    path.with_name("polycollide_test_factory.py").write_text(
+    path.with_name(f"{module}.py").write_text(
         "from torch import nn\n"
         "def build(inputs, outputs):\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, outputs))\n"

@@ -130,7 +130,7 @@ def test_figures_can_be_left_out(tmp_path):
         ((*PAPER, "--set", "interpolation.sample=5"), "There is no setting 'sample'; did you mean"),
         ((*PAPER, "--set", "beta.relative=-1"), "beta.relative: Input should be greater than 0"),
         ((*PAPER, "--corners", "300"), "corners: Input should be less than or equal to 256"),
-        (("run", *PAIR, "--model", "mnist-mlp"), "layer: Field required"),
+        (("run", *PAIR, "--model", "mnist-mlp"), "layer: it is missing; give it"),
         ((*PAPER, "--device", "tpu"), "There is no device 'tpu' here; take cpu"),
         (("run", *PAIR[:3], "sample:mnist/7-9", *PAPER[5:]), "There is no sample 'mnist/7-9'"),
         (("run", *PAIR[:3], "/no/such.png", *PAPER[5:]), "no/such.png"),

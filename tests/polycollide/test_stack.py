@@ -22,6 +22,7 @@ from redis.retry import Retry
 
 from polycollide import stack, tether
 from polycollide.process import start_process
+from polycollide.server import PYTHON
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives its servers another user")
 
@@ -375,3 +376,11 @@ def test_a_tether_needs_nothing_installed():
     isolated = [sys.executable, "-I", "-S", "-c", line]
     loaded = subprocess.run(isolated, capture_output=True, text=True, check=True).stdout.split()
     assert {name.partition(".")[0] for name in loaded} <= sys.stdlib_module_names | {"__main__"}
+
+
+def test_a_file_of_the_current_folder_is_not_run_in_place_of_ours(tmp_path):
+    for name in ("api", "core", "store", "worker"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not ours')")
+    command = [*PYTHON, "worker.health"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "not ours" not in said.stderr + said.stdout
