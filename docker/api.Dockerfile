@@ -1,4 +1,4 @@
-# The API, the reconciler and the migrations: what needs no torch. Build from the repository's root:
+# The API, the reconciler, the sweeper and the migrations: what needs no torch. Build from the repository's root:
 #   docker build -f docker/api.Dockerfile .
 FROM python:3.11-slim-bookworm AS wheel
 WORKDIR /build

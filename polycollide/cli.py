@@ -293,10 +293,18 @@ def api() -> None:
 
 @app.command(rich_help_panel=OPERATING)
 def reconciler() -> None:
-    """Run the reconciler: expired leases, unheard bells, retention."""
+    """Run the reconciler: expired leases and unheard bells."""
     from polycollide import server
 
     server.reconciler()
+
+
+@app.command(rich_help_panel=OPERATING)
+def sweeper() -> None:
+    """Run the sweeper: what retention lets go is deleted."""
+    from polycollide import server
+
+    server.sweeper()
 
 
 @app.command(rich_help_panel=OPERATING)

@@ -31,6 +31,7 @@ from store.settings import Settings
 
 PYTHON = [sys.executable, "-P", "-m"]  # -P: an api.py of the current folder is not run
 API, RECONCILER = [*PYTHON, "api"], [*PYTHON, "worker.reconciler"]
+SWEEPER = [*PYTHON, "worker.sweeper"]
 # A worker hands back what it has: a stride and a write, or a chunk of measurement, away.
 WORKER_GRACE = 60.0
 # After a kill -9 of ours nobody waits for that, and `up`'s Postgres ends too: leases recover it.
@@ -52,7 +53,7 @@ class Part(NamedTuple):
 
 
 def up(data: Path | None, port: int, host: str, *, keyed: bool) -> None:
-    """Everything on this machine, until Ctrl-C: servers, API, reconciler and worker."""
+    """Everything on this machine, until Ctrl-C: servers, API, reconciler, sweeper, worker."""
     with in_one_sentence(), ExitStack() as started:
         ended = first_signal()
         if not (keyed or Settings(mode="local", host=host).keyless):
@@ -77,7 +78,8 @@ def up(data: Path | None, port: int, host: str, *, keyed: bool) -> None:
                 migrate(Settings())
             if ended:
                 return
-            parts = [Part("API", API), Part("reconciler", RECONCILER), *workers()]
+            parts = [Part("API", API), Part("reconciler", RECONCILER), Part("sweeper", SWEEPER)]
+            parts += workers()
             ours = started.enter_context(running(parts, log=data / "polycollide.log"))
             processes = [*urls.processes, *ours]
             status.update("Starting the API and a worker ...")
@@ -120,6 +122,13 @@ def reconciler() -> None:
     with in_one_sentence():
         Settings()
         os.execv(RECONCILER[0], RECONCILER)  # noqa: S606
+
+
+def sweeper() -> None:
+    """The sweeper alone: the process becomes it."""
+    with in_one_sentence():
+        Settings()
+        os.execv(SWEEPER[0], SWEEPER)  # noqa: S606
 
 
 def migrate_database() -> None:

@@ -44,8 +44,14 @@ class Settings(BaseSettings):
     database_password: SecretStr = SecretStr(DEFAULT_PASSWORD)
     redis_url: SecretStr = SecretStr("redis://localhost:6379/0")
 
+    # Three beats may be missed before a worker is taken for gone, and its jobs wait for longer.
+    heartbeat: timedelta = Field(timedelta(seconds=1), gt=timedelta(0))
+    fresh_for: timedelta = Field(
+        timedelta(seconds=10),
+        description="A worker that was not heard of for so long is taken for gone: at least three "
+        "heartbeats, and at most a lease.",
+    )
     lease: timedelta = timedelta(seconds=30)
-    heartbeat: timedelta = timedelta(seconds=1)
     # A stride of many rows of a large network takes minutes on a CPU.
     stall_after: timedelta = Field(
         timedelta(minutes=5), description="A worker without a step for so long is taken for hung."
@@ -67,7 +73,7 @@ class Settings(BaseSettings):
     )
     reconcile_every: timedelta = timedelta(seconds=2)
     pulse_file: Path | None = Field(
-        None, description="Touched at each turn of the reconciler, for health checks."
+        None, description="Touched at each turn of reconciler or sweeper, for health checks."
     )
 
     watch_for: timedelta = Field(
@@ -107,6 +113,12 @@ class Settings(BaseSettings):
         description="That a key may keep: images, specs and results, those to come included.",
     )
 
+    keep_jobs: timedelta | None = Field(
+        None, description="Finished ones, with all that is theirs; unset: until they are deleted."
+    )
+    keep_images: timedelta = Field(
+        timedelta(days=30), description="Sent so long ago, and used by no job."
+    )
     keep_checkpoints: timedelta = Field(timedelta(hours=1), description="Of finished jobs.")
     keep_snapshots: timedelta = Field(timedelta(days=7), description="Of finished jobs.")
     # One a second of each job that runs: a hundred times what else happens to it.
@@ -116,6 +128,16 @@ class Settings(BaseSettings):
     # More than the hour in which `blobs.put` takes a blob for safe.
     keep_unreferenced_blobs: timedelta = Field(timedelta(days=1), ge=timedelta(hours=2))
     keep_workers: timedelta = Field(timedelta(days=1), description="Since their last heartbeat.")
+
+    @model_validator(mode="after")
+    def _workers_are_missed_in_order(self) -> Self:
+        if not 3 * self.heartbeat <= self.fresh_for <= self.lease:
+            raise ValueError(
+                "Workers would be taken for gone between two heartbeats, or after their leases: "
+                "set POLYCOLLIDE_FRESH_FOR to three times POLYCOLLIDE_HEARTBEAT or more, and "
+                "POLYCOLLIDE_LEASE to no less than that."
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_default_secret(self) -> Self:

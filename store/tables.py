@@ -1,7 +1,7 @@
 """The tables. What people filter and sort by has a typed column; the rest is JSON."""
 
 import uuid
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import (
@@ -82,7 +82,10 @@ class Blob(Base):
     bytes: Mapped[bytes]
     last_used_at: Mapped[datetime] = _now()
 
-    __table_args__ = (CheckConstraint("sha256 ~ '^[0-9a-f]{64}$'", name="sha256"),)
+    __table_args__ = (
+        CheckConstraint("sha256 ~ '^[0-9a-f]{64}$'", name="sha256"),
+        Index(None, "last_used_at", "sha256"),  # the order in which they are swept
+    )
 
 
 class Image(Base):
@@ -291,7 +294,10 @@ class Artifact(Base):
     name: Mapped[str]
     sha256: Mapped[str] = mapped_column(ForeignKey("blobs.sha256"), index=True)
 
-    __table_args__ = (PrimaryKeyConstraint("job_id", "name"),)
+    __table_args__ = (
+        PrimaryKeyConstraint("job_id", "name"),
+        Index("ix_artifacts_snapshots", "job_id", postgresql_where=text("name LIKE 'snapshots/%'")),
+    )
 
 
 class JobEvent(Base):
@@ -305,7 +311,11 @@ class JobEvent(Base):
     data: Mapped[Json]
     created_at: Mapped[datetime] = _now()
 
-    __table_args__ = (Index(None, "job_id", "id"),)
+    __table_args__ = (
+        Index(None, "job_id", "id"),
+        Index("ix_job_events_progress", "created_at", postgresql_where=text("type = 'progress'")),
+        Index("ix_job_events_created_at", "created_at", postgresql_using="brin"),
+    )
 
 
 class IdempotencyKey(Base):
@@ -325,6 +335,7 @@ class IdempotencyKey(Base):
 class Worker(Base):
     """A process that runs jobs, one for each GPU. In its `slot` it replaces the one before.
 
+    It is taken for gone when it was not heard of for as long as it wants to be `fresh_for`.
     `draining` tells it to hand back what it has. It reads settings up to its `schema_version`.
     """
 
@@ -335,6 +346,7 @@ class Worker(Base):
     device: Mapped[str]
     started_at: Mapped[datetime] = _now()
     heartbeat_at: Mapped[datetime] = _now()
+    fresh_for: Mapped[timedelta] = mapped_column(server_default=text("'10 seconds'"))
     draining: Mapped[bool] = mapped_column(server_default="false")
     steps_per_second: Mapped[float] = mapped_column(server_default="0")
     schema_version: Mapped[int] = mapped_column(SmallInteger, server_default="1")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -9,8 +10,8 @@ from sqlalchemy import Connection, text
 
 from core.spec import SCHEMA_VERSION
 
-# A worker that was not heard of for so long is taken for gone.
-FRESH = "heartbeat_at > clock_timestamp() - interval '10 seconds'"
+# Whether a worker is there: each says how often it will be heard of.
+FRESH = "heartbeat_at + fresh_for > clock_timestamp()"
 
 
 def register(connection: Connection, worker_id: UUID, slot: str, device: str) -> None:
@@ -35,17 +36,24 @@ def register(connection: Connection, worker_id: UUID, slot: str, device: str) ->
 
 
 def heartbeat(
-    connection: Connection, worker_id: UUID, *, slot: str, device: str, steps_per_second: float
+    connection: Connection,
+    worker_id: UUID,
+    *,
+    slot: str,
+    device: str,
+    steps_per_second: float,
+    fresh_for: timedelta,
 ) -> bool:
     """Says that a worker lives; whether it is to drain. Enters it again where it was removed."""
     beat = text("""
-        INSERT INTO workers (id, slot, device, steps_per_second, schema_version)
-        VALUES (:id, :slot, :device, :steps_per_second, :version)
+        INSERT INTO workers (id, slot, device, steps_per_second, fresh_for, schema_version)
+        VALUES (:id, :slot, :device, :steps_per_second, :fresh_for, :version)
         ON CONFLICT (id) DO UPDATE SET heartbeat_at = clock_timestamp(),
-            steps_per_second = excluded.steps_per_second
+            fresh_for = excluded.fresh_for, steps_per_second = excluded.steps_per_second
         RETURNING draining
     """)
-    worker = {"id": worker_id, "slot": slot, "device": device, "version": SCHEMA_VERSION}
+    worker = {"id": worker_id, "slot": slot, "device": device, "fresh_for": fresh_for}
+    worker |= {"version": SCHEMA_VERSION}
     return bool(connection.scalar(beat, worker | {"steps_per_second": steps_per_second}))
 
 

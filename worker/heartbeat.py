@@ -110,7 +110,7 @@ class Heartbeat(threading.Thread):
     def _beat(self) -> None:
         with self._lock:
             held, news, claims = dict(self._held), self._news, self._claims
-            self._news, self._claims = {}, 0
+            self._news = {}
         with self._database.begin() as connection:
             self.draining = self.draining or workers.heartbeat(
                 connection,
@@ -118,16 +118,19 @@ class Heartbeat(threading.Thread):
                 slot=self._slot,
                 device=self.device,
                 steps_per_second=self.steps_per_second,
+                fresh_for=self._settings.fresh_for,
             )
-            queue.count(connection, "claims", claims)
-            if not held:
-                return
-            known = queue.extend(connection, held.values(), self._settings.lease)
+            known = queue.extend(connection, held.values(), self._settings.lease) if held else {}
         with self._lock:
             ours = self._held.keys() & held.keys()
             self.lost |= ours - known.keys()
             self.canceled |= {t for t in ours & known.keys() if known[t][0] == Status.CANCELING}
             self.kept |= {t for t in ours & known.keys() if known[t][1]}
-        if news:  # apart, since leases matter more
+        if news and held:  # apart, since leases matter more
             with self._database.begin() as connection:
                 queue.report_progress(connection, news)
+        if claims:  # last, and by itself: all workers wait for the one row
+            with self._database.begin() as connection:
+                queue.count(connection, "claims", claims)
+            with self._lock:
+                self._claims -= claims

@@ -1,5 +1,4 @@
-"""What nobody else looks after: expired leases, unheard bells, jobs whose patch set is gone, and
-what retention deletes.
+"""What nobody else looks after: expired leases, unheard bells, jobs whose patch set is gone.
 
 Run as `python -m worker.reconciler`. Any number may run: an advisory lock lets one act at a time.
 """
@@ -16,15 +15,13 @@ from kombu.exceptions import OperationalError
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from store import queue, retention, workers
+from store import queue, workers
 from store.database import connect
 from store.logs import configure
 from store.settings import QUEUE, Settings, settings
 from worker.app import drain
 
 log = structlog.get_logger(__name__)
-
-SWEEP_EVERY = 600.0
 
 
 class Reconciler:
@@ -35,7 +32,7 @@ class Reconciler:
         self._redis = redis.Redis.from_url(
             settings.redis_url.get_secret_value(), socket_timeout=2, socket_connect_timeout=2
         )
-        self._swept = self._doubted = -math.inf
+        self._doubted = -math.inf
 
     def turn(self) -> None:
         """Does what is due; nothing while another reconciler is at it.
@@ -55,8 +52,6 @@ class Reconciler:
             waiting, listeners = queue.kinds(connection), workers.live(connection)
             if stranded := queue.strand(connection, waiting, self._settings.patch_set_grace):
                 log.warning("patch sets are gone for which jobs waited", jobs=stranded)
-        if time.monotonic() - self._swept > SWEEP_EVERY:
-            self._sweep()
         if waiting:
             for _ in range(listeners - self._redis.llen(QUEUE)):
                 drain.apply_async(retry=False)
@@ -67,16 +62,6 @@ class Reconciler:
 
     def _trusts_leases(self) -> bool:
         return time.monotonic() - self._doubted > self._settings.lease.total_seconds()
-
-    def _sweep(self) -> None:
-        """In a transaction of its own: whatever becomes of it, leases were looked after."""
-        self._swept = time.monotonic()
-        with self._database.begin() as connection:
-            deleted = retention.sweep(connection, self._settings)
-        if any(deleted.values()):
-            log.info("swept", **deleted)
-        if max(deleted.values()) >= retention.LIMIT:  # there is more: at the next turn
-            self._swept = -math.inf
 
 
 def main() -> None:

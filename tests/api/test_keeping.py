@@ -186,7 +186,7 @@ def test_what_is_deleted_is_out_of_the_store_within_hours(own: Service) -> None:
         for minutes, gone in ((0, 0), (66, 2)):
             with own.engine.begin() as connection:
                 connection.execute(text(aging), {"minutes": minutes})
-                retention.sweep(connection, own.settings)
+                retention.walk(connection, "blobs", own.settings, retention.Place())
             # The corners and the figure are the other job's as well.
             assert count(own, "count(*) FROM blobs") == kept - gone
 

@@ -49,7 +49,14 @@ def slot(
     """A live worker in a slot, and what it serves."""
     with service.engine.begin() as connection:
         workers.register(connection, worker := uuid4(), name, "cpu")
-        workers.heartbeat(connection, worker, slot=name, device="cpu", steps_per_second=rate)
+        workers.heartbeat(
+            connection,
+            worker,
+            slot=name,
+            device="cpu",
+            steps_per_second=rate,
+            fresh_for=service.settings.fresh_for,
+        )
         workers.report_models(connection, name, models)
         workers.report_patch_sets(connection, name, patch_sets)
     try:

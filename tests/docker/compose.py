@@ -24,7 +24,7 @@ T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 PROJECT = "polycollide-compose-test"
 FILES = ["--file", "docker-compose.yml", "--file", "docker-compose.cpu.yml"]
-OURS = ["api", "reconciler", "worker-cpu"]
+OURS = ["api", "reconciler", "sweeper", "worker-cpu"]
 SERVICES = ["postgres", "redis", *OURS]
 PACKAGES_MB = 300  # of Python in the API's image, at most
 

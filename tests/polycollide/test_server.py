@@ -123,7 +123,7 @@ def test_up_loses_no_job_to_kill_9_and_leaves_nothing_behind(new_data_directory,
         wait_until(lambda: client.job(second).status == "running")
         started = family(process)
         names = " ".join(" ".join(each.cmdline()) for each in started if not ended(each))
-        for part in ("postgres", "-m api", "worker.reconciler", "celery --quiet"):
+        for part in ("postgres", "-m api", "worker.reconciler", "worker.sweeper", "celery --quiet"):
             assert part in names
         process.kill()
         process.wait()

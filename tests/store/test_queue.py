@@ -448,12 +448,24 @@ def test_workers_that_start_again_lose_no_job(connection: Connection) -> None:
     assert stranded(connection) == 0
 
 
+def sweep(connection: Connection, settings: Settings) -> None:
+    """All that is due, walks in steps of one row included."""
+    retention.sweep(connection, settings)
+    for table in retention.WALKED:
+        place: retention.Place | None = retention.Place()
+        while place:
+            _, place = retention.walk(connection, table, settings, place)
+
+
 def age(connection: Connection, days: int) -> None:
     """Everything that has a time becomes older."""
     for table, column in (
         ("jobs", "finished_at"),
         ("job_events", "created_at"),
         ("blobs", "last_used_at"),
+        ("specs", "last_used_at"),
+        ("batches", "created_at"),
+        ("images", "created_at"),
         ("workers", "heartbeat_at"),
     ):
         statement = f"UPDATE {table} SET {column} = {column} - make_interval(days => :days)"
@@ -477,11 +489,11 @@ def test_retention_deletes_what_is_past_its_time_and_nothing_else(connection: Co
         return {bytes(b) for b in connection.scalars(text("SELECT bytes FROM blobs"))}
 
     everything = left()
-    retention.sweep(connection, settings)
+    sweep(connection, settings)
     assert left() == everything
     age(connection, 30)
-    retention.sweep(connection, settings)
-    retention.sweep(connection, settings)  # what the first one has let go
+    sweep(connection, settings)
+    sweep(connection, settings)  # what the first one has let go
     assert everything - left() == {b"state", b"snapshot", b"nobody's"}
     assert connection.scalar(text("SELECT count(*) FROM workers")) == 0
     events = connection.execute(text("SELECT DISTINCT job_id FROM job_events")).all()
@@ -494,5 +506,98 @@ def test_a_blob_that_is_stored_again_is_not_swept(connection: Connection) -> Non
     connection.execute(*blobs.put([("image/png", b"old")]))
     age(connection, 30)
     connection.execute(*blobs.put([("image/png", b"old")]))
-    retention.sweep(connection, Settings(mode="local"))
+    sweep(connection, Settings(mode="local"))
     assert connection.scalar(text("SELECT count(*) FROM blobs")) == 1
+
+
+def test_walks_of_any_stride_find_all_that_nobody_needs(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "LIMIT", 2)
+    mine = key(connection)
+    queued(connection, mine, 1)
+    connection.execute(*blobs.put([("image/png", bytes([i])) for i in range(7)]))
+    connection.execute(
+        text(
+            "INSERT INTO specs (sha256, spec, size) SELECT i, '{}', 2 FROM generate_series(1, 5) i"
+        )
+    )
+    connection.execute(text("UPDATE jobs SET spec_sha256 = '3'"))
+    needed = connection.scalar(text("SELECT count(*) FROM blobs")) - 7
+    age(connection, 30)
+    sweep(connection, Settings(mode="local"))
+    assert connection.scalar(text("SELECT count(*) FROM blobs")) == needed
+    assert connection.scalars(text("SELECT sha256 FROM specs")).all() == ["3"]
+
+
+def test_finished_jobs_stay_for_as_long_as_the_operator_says(connection: Connection) -> None:
+    mine = key(connection)
+    done, waiting = *queued(connection, mine, 1), *queued(connection, mine, 1)
+    (job,) = claim(connection, 1)
+    queue.succeed(connection, [Finished(job.lease, result(CORNER), [b"corner"])])
+    batch = text("""
+        INSERT INTO batches (id, key_id, labels, total, errors)
+        VALUES (gen_random_uuid(), :key, '{}', 1, '[]') RETURNING id
+    """)
+    connection.execute(
+        text("UPDATE jobs SET batch_id = :batch WHERE id = :id"),
+        {"batch": connection.scalar(batch, {"key": mine}), "id": done},
+    )
+
+    def left() -> set[UUID]:
+        return set(connection.scalars(text("SELECT id FROM jobs")))
+
+    age(connection, 30)
+    sweep(connection, Settings(mode="local"))
+    assert left() == {done, waiting}
+    sweep(connection, Settings(mode="local", keep_jobs=timedelta(days=31)))
+    assert left() == {done, waiting}
+    sweep(connection, Settings(mode="local", keep_jobs=timedelta(days=29)))
+    assert left() == {waiting}
+    assert connection.scalar(text("SELECT count(*) FROM batches")) == 0
+
+
+def test_images_that_no_job_uses_go_in_the_end(connection: Connection) -> None:
+    mine, other = key(connection), key(connection)
+    queued(connection, mine, 1)
+    used = connection.scalar(text("SELECT source_sha256 FROM jobs"))
+    connection.execute(*blobs.put([("image/png", b"unused")]))
+    add = text(
+        "INSERT INTO images (key_id, sha256, name, width, height) VALUES (:k, :h, 'n', 1, 1)"
+    )
+    rows = [(mine, used), (other, used), (mine, blobs.digest(b"unused"))]
+    connection.execute(add, [{"k": owner, "h": sha256} for owner, sha256 in rows])
+    sweep(connection, Settings(mode="local"))
+    assert connection.scalar(text("SELECT count(*) FROM images")) == 3
+    age(connection, 31)
+    sweep(connection, Settings(mode="local"))
+    assert connection.execute(text("SELECT key_id, sha256 FROM images")).all() == [(mine, used)]
+
+
+def test_pictures_on_the_way_count_until_they_are_deleted(connection: Connection) -> None:
+    mine = key(connection)
+    queued(connection, mine, 1)
+    (job,) = claim(connection, 1)
+    queue.keep_snapshot(connection, job.lease, 10, b"snapshot")
+    queue.succeed(connection, [Finished(job.lease, result(CORNER), [b"corner"])])
+    counted = text("SELECT file_bytes FROM jobs")
+    before = connection.scalar(counted)
+    age(connection, 30)
+    sweep(connection, Settings(mode="local"))
+    assert before - connection.scalar(counted) == len(b"snapshot")
+
+
+def test_each_worker_says_for_how_long_it_is_fresh(connection: Connection) -> None:
+    for seconds in (10, 60):
+        workers.heartbeat(
+            connection,
+            uuid4(),
+            slot=str(seconds),
+            device="cpu",
+            steps_per_second=0,
+            fresh_for=timedelta(seconds=seconds),
+        )
+    workers.register(connection, uuid4(), "of an older version", "cpu")
+    assert workers.live(connection) == 3
+    connection.execute(text("UPDATE workers SET heartbeat_at = now() - interval '30 s'"))
+    assert workers.live(connection) == 1

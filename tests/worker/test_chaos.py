@@ -418,7 +418,14 @@ def test_postgres_may_restart_while_jobs_run(
 ) -> None:
     with stack.Postgres.start(new_data_directory(), durable=True) as server:
         migrate(Settings(mode="local", database_url=server.url))
-        service = Service(server.url, redis.url, tmp_path, reconcile_every="PT0.5S", lease="PT8S")
+        service = Service(
+            server.url,
+            redis.url,
+            tmp_path,
+            reconcile_every="PT0.5S",
+            lease="PT8S",
+            fresh_for="PT8S",
+        )
         try:
             service.start_api()
             service.start_reconciler()
